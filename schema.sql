@@ -1,0 +1,59 @@
+-- vincache's cache. Every row can be had again from vPIC: the file may be deleted at any time.
+-- Executed on every connection that vincache opens; it changes nothing that is already there.
+
+PRAGMA journal_mode = WAL;      -- readers never wait for the writer, nor it for them
+PRAGMA synchronous  = NORMAL;   -- with WAL, a killed process loses nothing; a power cut may lose the last rows, never the file
+
+BEGIN IMMEDIATE;                -- several workers may start at once: each waits for its turn
+
+CREATE TABLE IF NOT EXISTS vehicles (
+    vin           TEXT    NOT NULL PRIMARY KEY,  -- 17 characters, A-Z and 0-9
+    make          TEXT    NOT NULL,
+    model         TEXT    NOT NULL,
+    model_year    TEXT    NOT NULL,
+    body_class    TEXT    NOT NULL,
+    error_code    TEXT    NOT NULL,              -- comma-separated, as vPIC gives it
+    error_text    TEXT    NOT NULL,
+    suggested_vin TEXT    NOT NULL,
+    source        TEXT    NOT NULL,              -- vpic | offline
+    decoded       INTEGER NOT NULL,              -- 0: nothing is known of this VIN
+    fetched_at    INTEGER NOT NULL,              -- unix seconds
+    expires_at    INTEGER NOT NULL               -- unix seconds
+) STRICT, WITHOUT ROWID;
+-- No further index: every statement finds its rows by vin, or reads the table from end to end.
+
+PRAGMA application_id = 0x56494E43;              -- "VINC": this file is ours
+PRAGMA user_version   = 1;                       -- the number of this schema
+
+COMMIT;
+
+-- A cached row as /lookup tells it: the HTTP status, and the body as JSON text. Temporary, so that it is always of the running
+-- version; SQLite writes the JSON because a hit is then one string from the file to the socket.
+CREATE TEMP VIEW answers AS
+SELECT
+    vin,
+    expires_at,
+    iif(decoded, 200, 404) AS status,
+    CASE WHEN decoded THEN json_object(
+        'vin',           vin,
+        'make',          make,
+        'model',         model,
+        'model_year',    model_year,
+        'body_class',    body_class,
+        'cached_result', json('true'),
+        'error_code',    error_code,
+        'error_text',    error_text,
+        'suggested_vin', suggested_vin,
+        'source',        source,
+        'fetched_at',    strftime('%Y-%m-%dT%H:%M:%SZ', fetched_at, 'unixepoch')
+    ) ELSE json_object(
+        'detail',        'This VIN cannot be decoded; error_text says why.',
+        'vin',           vin,
+        'error_code',    error_code,
+        'error_text',    error_text,
+        'suggested_vin', suggested_vin,
+        'cached_result', json('true'),
+        'source',        source,
+        'fetched_at',    strftime('%Y-%m-%dT%H:%M:%SZ', fetched_at, 'unixepoch')
+    ) END AS body
+FROM main.vehicles;
