@@ -60,7 +60,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive
+from starlette.types import Message
 
 if TYPE_CHECKING:
     import aiohttp  # loaded by open_vpic, beside the first answers: it takes a quarter of the time to the first one
@@ -89,7 +89,7 @@ def check_limit(limit: str) -> str:
     return limit
 
 
-Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Seconds = Annotated[int | float, Field(gt=0, le=1e9)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
 Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
@@ -133,8 +133,6 @@ class Settings(BaseSettings):
     def check_together(self) -> "Settings":
         if not self.vpic_url and not self.offline:
             raise ValueError("VINCACHE_VPIC_URL is empty and VINCACHE_OFFLINE is false: nothing is left to decode with")
-        if not self.vpic_url and not offline_installed():
-            raise ValueError("VINCACHE_VPIC_URL is empty and the package ultravin is not installed")
         if self.private and not self.api_keys:
             raise ValueError("VINCACHE_PRIVATE is true but VINCACHE_API_KEY is empty: nobody could come in")
         return self
@@ -201,7 +199,7 @@ class BatchBody(BaseModel):
 
 
 class Vehicle(BaseModel):
-    """A decoded VIN. Strings are empty where vPIC has no data; `error_*` has its warnings, of a wrong check digit too."""
+    """A decoded VIN. Empty where vPIC has no data; `error_*` has its warnings, a wrong check digit included."""
 
     vin: str = Field(examples=["1XPWD40X1ED215307"])
     make: str = Field(examples=["PETERBILT"])
@@ -445,97 +443,50 @@ def open_log(form: Literal["text", "json"]) -> None:
 SCHEMA_VERSION = 1  # as in schema.sql
 APPLICATION_ID = 0x56494E43
 
-IDENTITY = """
-SELECT
-    (SELECT application_id FROM pragma_application_id),
-    (SELECT user_version FROM pragma_user_version),
-    (SELECT count(*) FROM sqlite_master)
+OWNER = """
+SELECT (SELECT application_id FROM pragma_application_id),
+       (SELECT user_version FROM pragma_user_version),
+       (SELECT count(*) FROM sqlite_master)
 """
 
-REBUILD = """
-BEGIN IMMEDIATE;
-DROP TABLE IF EXISTS vehicles;
-COMMIT;
-"""
+REBUILD = "BEGIN IMMEDIATE; DROP TABLE IF EXISTS vehicles; COMMIT"
 
-HIT = """
-SELECT status, body
-FROM answers
-WHERE vin = ? AND expires_at > ?
-"""
+HIT = "SELECT status, body FROM answers WHERE vin = ? AND expires_at > ?"
 
-# CROSS JOIN makes SQLite go through the VINs and look each up, never the other way round.
+# CROSS JOIN makes SQLite go through the VINs asked and look each up, never the other way round.
 LINES = """
-SELECT
-    vin,
-    CASE status WHEN 200 THEN body ELSE json_insert(body, '$.status', status) END
-FROM json_each(?) AS asked
-CROSS JOIN answers ON vin = asked.value
+SELECT vin, CASE status WHEN 200 THEN body ELSE json_insert(body, '$.status', status) END
+FROM json_each(?) AS asked CROSS JOIN answers ON vin = asked.value
 WHERE expires_at > ?
 """
 
 RECORDS = """
-SELECT
-    vin,
-    make,
-    model,
-    model_year,
-    body_class,
-    error_code,
-    error_text,
-    suggested_vin,
-    source,
-    decoded,
-    fetched_at,
-    expires_at
-FROM json_each(?) AS asked
-CROSS JOIN vehicles ON vin = asked.value
+SELECT vin, make, model, model_year, body_class, error_code, error_text, suggested_vin, source,
+       decoded, fetched_at, expires_at
+FROM json_each(?) AS asked CROSS JOIN vehicles ON vin = asked.value
+"""
+
+SNAPSHOT = """
+SELECT vin, make, model, model_year, body_class, error_code, error_text, suggested_vin, source,
+       decoded, fetched_at, expires_at
+FROM vehicles
 """
 
 # One statement for any number of records is one transaction. What was decoded offline never replaces vPIC's word.
 STORE = """
-INSERT INTO vehicles
-SELECT
-    value ->> 0,
-    value ->> 1,
-    value ->> 2,
-    value ->> 3,
-    value ->> 4,
-    value ->> 5,
-    value ->> 6,
-    value ->> 7,
-    value ->> 8,
-    value ->> 9,
-    value ->> 10,
-    value ->> 11
+INSERT OR REPLACE INTO vehicles (
+    vin, make, model, model_year, body_class, error_code, error_text, suggested_vin, source,
+    decoded, fetched_at, expires_at
+)
+SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, value ->> 6, value ->> 7,
+       value ->> 8, value ->> 9, value ->> 10, value ->> 11
 FROM json_each(?)
-WHERE true
-ON CONFLICT (vin) DO UPDATE SET
-    make          = excluded.make,
-    model         = excluded.model,
-    model_year    = excluded.model_year,
-    body_class    = excluded.body_class,
-    error_code    = excluded.error_code,
-    error_text    = excluded.error_text,
-    suggested_vin = excluded.suggested_vin,
-    source        = excluded.source,
-    decoded       = excluded.decoded,
-    fetched_at    = excluded.fetched_at,
-    expires_at    = excluded.expires_at
-WHERE excluded.source = 'vpic' OR vehicles.source <> 'vpic'
+WHERE value ->> 8 = 'vpic' OR NOT EXISTS (SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND source = 'vpic')
 """
 
-EXTEND = """
-UPDATE vehicles
-SET expires_at = max(expires_at, ?)
-WHERE vin IN (SELECT value FROM json_each(?))
-"""
+EXTEND = "UPDATE vehicles SET expires_at = max(expires_at, ?) WHERE vin IN (SELECT value FROM json_each(?))"
 
-REMOVE = """
-DELETE FROM vehicles
-WHERE vin = ?
-RETURNING vin
-"""
+REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
 
 # The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
 BITE = """
@@ -543,34 +494,14 @@ SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
 FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
 """
 
-SWEEP = """
-DELETE FROM vehicles
-WHERE vin > ? AND vin <= ? AND expires_at < ?
-"""
+SWEEP = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 
 # More than a page, really written: it finds a locked file, a read-only one and a full disk.
 PROBE = """
 BEGIN IMMEDIATE;
 INSERT INTO vehicles VALUES ('', hex(zeroblob(4096)), '', '', '', '', '', '', '', 0, 0, 0);
 DELETE FROM vehicles WHERE vin = '';
-COMMIT;
-"""
-
-SNAPSHOT = """
-SELECT
-    vin,
-    make,
-    model,
-    model_year,
-    body_class,
-    error_code,
-    error_text,
-    suggested_vin,
-    source,
-    decoded,
-    fetched_at,
-    expires_at
-FROM vehicles
+COMMIT
 """
 
 
@@ -632,7 +563,7 @@ class Cache:
 
     async def _check_ownership(self, connection: aiosqlite.Connection) -> None:
         """Let pass what is new or ours; rebuild an older cache of ours; raise StartupError before touching another."""
-        [(application, version, objects)] = await connection.execute_fetchall(IDENTITY)
+        [(application, version, objects)] = await connection.execute_fetchall(OWNER)
         if application != APPLICATION_ID:
             if application or version or objects:
                 raise StartupError(f"VINCACHE_DATABASE: {self.path} is an SQLite file, but not one of vincache's")
@@ -1061,7 +992,7 @@ def offline_installed() -> bool:
 def decode_offline(vins: Sequence[str]) -> dict[str, Decoded]:
     """Decode without vPIC, some 0.1 ms a VIN; nothing where ultravin is not installed."""
     try:
-        import ultravin  # noqa: PLC0415 - 30 MB that a service with a healthy vPIC never needs
+        import ultravin  # 30 MB that a service with a healthy vPIC never needs
     except ImportError:
         return {}
     found = {}
@@ -1253,7 +1184,7 @@ class Lookups:
                 try:
                     odd[raw] = normalize_vin(raw)
                 except PydanticCustomError as error:
-                    lines[raw] = json.dumps({"vin": raw, "status": 422, "detail": error.message()})
+                    lines[raw] = compact({"vin": raw, "status": 422, "detail": error.message()})
         cached = await self._cache.lines(list(odd.values())) if odd else {}
         for raw, vin in odd.items():
             if vin in cached:
@@ -1284,6 +1215,10 @@ class Lookups:
         return landings
 
 
+def compact(line: dict[str, Any]) -> str:
+    return json.dumps(line, separators=(",", ":"))
+
+
 def join(lines: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
@@ -1291,7 +1226,7 @@ def join(lines: Iterable[str]) -> str:
 def tell(vin: str, landing: Landing) -> str:
     """The batch line of a landing: the 200 body of a lookup, or its error with the status beside it."""
     if isinstance(landing, VpicUnavailable):
-        return json.dumps({"vin": vin, "status": landing.status_code, "detail": landing.detail})
+        return compact({"vin": vin, "status": landing.status_code, "detail": landing.detail})
     if landing.status == 200:
         return landing.body
     return f'{landing.body[:-1]},"status":{landing.status}}}'
@@ -1529,19 +1464,22 @@ class Doors:
             raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
 
 
-def measured(receive: Receive) -> Receive:
-    """`receive`, which raises BodyTooLarge once the body is."""
+def bounded(request: Request) -> Request:
+    """The request with a body of bounded size. Raises BodyTooLarge, at once if a larger one is announced."""
+    too_large = BodyTooLarge("The body is too large; send less at a time.")
+    if int(request.headers.get("content-length", 0)) > BODY_BYTES:
+        raise too_large
     size = 0
 
-    async def receive_some() -> Message:
+    async def receive() -> Message:
         nonlocal size
-        message = await receive()
+        message = await request.receive()
         size += len(message.get("body", b""))
         if size > BODY_BYTES:
-            raise BodyTooLarge("The body is too large; send less at a time.")
+            raise too_large
         return message
 
-    return receive_some
+    return Request(request.scope, receive)
 
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -1561,11 +1499,7 @@ class Door(APIRoute):
                 doors.check_key(request, tag)
                 if self.path != BATCH:  # which counts its VINs when it has read them
                     await doors.count(request, tag)
-            if "POST" in self.methods:
-                if int(request.headers.get("content-length", 0)) > BODY_BYTES:
-                    raise BodyTooLarge("The body is too large; send less at a time.")
-                request = Request(request.scope, measured(request.receive))
-            return await inside(request)
+            return await inside(bounded(request))
 
         return enter
 
@@ -1591,6 +1525,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
     """Open the service. Raises StartupError, whose sentence is then the log's last word."""
     try:
         settings = read_settings()
+        if not settings.vpic_url and not offline_installed():
+            raise StartupError("bad settings: VINCACHE_VPIC_URL is empty and the package ultravin is not installed")
         open_log(settings.log)
         log.info("settings: %s", settings)
         doors = Doors(settings)
@@ -1640,9 +1576,9 @@ class HitFirst(APIRoute):
         async def handle(request: Request) -> Response:
             in_path = request.path_params.get("vin")
             given = request.scope["query_string"].decode("latin-1") if in_path is None else f"vin={in_path}"
-            if canonical := CANONICAL.fullmatch(given):
-                if answer := await request.state.lookups.hit(canonical[1]):
-                    return respond(answer)
+            canonical = CANONICAL.fullmatch(given)
+            if canonical and (answer := await request.state.lookups.hit(canonical[1])):
+                return respond(answer)
             return await declared(request)
 
         return handle
