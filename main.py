@@ -1163,7 +1163,8 @@ class Lookups:
                         yield join(ready)
                         ready = []
                     vin = missing[raw]
-                    lines[raw] = tell(vin, (await groups[vin])[vin])
+                    # Shielded: a leaving caller would cancel this group first, and so let the next one take off.
+                    lines[raw] = tell(vin, (await asyncio.shield(groups[vin]))[vin])
                 ready.append(lines[raw])
                 if len(ready) == CHUNK:
                     yield join(ready)
