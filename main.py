@@ -505,6 +505,15 @@ COMMIT
 """
 
 
+def reason(error: Exception) -> str:
+    """What the operator may read at /readyz: what SQLite or the system says, without the path."""
+    if isinstance(error, TimeoutError):
+        return "locked for too long"
+    if isinstance(error, OSError):
+        return error.strerror or "input/output error"
+    return "another file is in its place" if isinstance(error, StartupError) else str(error)
+
+
 def is_damage(error: BaseException) -> bool:
     """Whether SQLite says that the file is no database, or a broken one."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -579,7 +588,7 @@ class Cache:
             return status.st_dev, status.st_ino
         return None
 
-    async def _replace(self, reason: str, broken: aiosqlite.Connection | None = None) -> None:
+    async def _replace(self, cause: str, broken: aiosqlite.Connection | None = None) -> None:
         """Move the file aside and open a fresh one; unless that was done since `broken` failed.
 
         Where the path no longer leads to the file that was open, another worker has moved it: it is only opened."""
@@ -593,16 +602,16 @@ class Cache:
                 for suffix in ("-wal", "-shm", ""):
                     with suppress(FileNotFoundError):
                         os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
-                log.warning("cache damaged (%s): moved to %s, a fresh one is at %s", reason, aside, self.path)
+                log.warning("cache damaged (%s): moved to %s, a fresh one is at %s", cause, aside, self.path)
             else:
-                log.warning("cache opened anew (%s): %s is another file now", reason, self.path)
+                log.warning("cache opened anew (%s): %s is another file now", cause, self.path)
             self._inode = None
             await self._open()
 
-    def _fault(self, kind: Literal["read", "written"], reason: str) -> None:
+    def _fault(self, kind: Literal["read", "written"], why: str) -> None:
         if kind not in self._faults:
-            log.warning("cache cannot be %s (%s): answers go on without it", kind, reason)
-        self._faults[kind] = reason
+            log.warning("cache cannot be %s (%s): answers go on without it", kind, why)
+        self._faults[kind] = why
 
     def _no_fault(self, kind: Literal["read", "written"]) -> None:
         if self._faults.pop(kind, None):
@@ -617,7 +626,7 @@ class Cache:
             if is_damage(error):
                 await self.doubt(str(error), reader)
             else:
-                self._fault("read", str(error))
+                self._fault("read", reason(error))
             return []
         if self._faults:
             self._no_fault("read")
@@ -633,8 +642,7 @@ class Cache:
                 writing.add_done_callback(lambda task: task.cancelled() or task.exception())
                 rows = await asyncio.shield(writing)
         except (sqlite3.Error, ValueError, OSError, StartupError) as error:  # OSError: TimeoutError, and a failed move
-            reason = "locked for too long" if isinstance(error, TimeoutError) else str(error)
-            self._fault("written", reason)
+            self._fault("written", reason(error))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from error
         self._no_fault("written")
         return rows
@@ -706,14 +714,14 @@ class Cache:
         await self._read(HIT, ("", 0))
         with suppress(CacheUnavailable):
             await self._write(PROBE, None)
-        return "; ".join(f"cannot be {kind}: {reason}" for kind, reason in self._faults.items()) or "ok"
+        return "; ".join(f"cannot be {kind}: {why}" for kind, why in self._faults.items()) or "ok"
 
-    async def doubt(self, reason: str, reader: aiosqlite.Connection | None = None) -> None:
+    async def doubt(self, cause: str, reader: aiosqlite.Connection | None = None) -> None:
         """Replace the file: `reader`, or somebody outside, found it damaged."""
         try:
-            await self._replace(reason, reader or self._reader)
+            await self._replace(cause, reader or self._reader)
         except (sqlite3.Error, OSError, StartupError) as error:  # the next store tries again
-            self._fault("read", str(error))
+            self._fault("read", reason(error))
 
 
 # ======================================================================================================================
@@ -815,13 +823,12 @@ class Vpic:
             return "ok"
         return f"open since {datetime.fromtimestamp(self._open_since, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
-    async def decode(self, vins: Sequence[str], timeout: float) -> dict[str, Decoded]:
+    async def decode(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
         """Ask vPIC for up to 50 VINs; those it does not describe are left out.
 
-        Raises VpicUnavailable after `timeout` seconds at the latest, waiting and retries included."""
+        Raises VpicUnavailable, at `deadline` (loop time) at the latest, waiting and retries included."""
         import stamina
 
-        deadline = asyncio.get_running_loop().time() + timeout
         async for attempt in stamina.retry_context(
             on=lambda error: self._wait_before_retry(error, deadline),
             attempts=3,
@@ -1059,21 +1066,20 @@ class Lookups:
         return landing
 
     async def _land(self, vin: str) -> Landing:
-        timeout = self._settings.vpic_timeout
-        deadline = asyncio.get_running_loop().time() + timeout
-        flight = self._flights.get(vin) or self._take_off([vin], timeout)
+        deadline = asyncio.get_running_loop().time() + self._settings.vpic_timeout
+        flight = self._flights.get(vin) or self._take_off([vin], deadline)
         try:
-            # Only a batch's flight may take longer than this lookup has; a single one knows its own deadline.
-            async with asyncio.timeout_at(deadline if flight.deadline > deadline + 1 else None):
+            # Only a batch's flight may take longer than this lookup has; any other ends in time by itself.
+            async with asyncio.timeout_at(deadline if flight.deadline > deadline else None):
                 return (await asyncio.shield(flight.task))[vin]
         except TimeoutError:
             late = VpicUnavailable(504, "vPIC did not answer in time; ask again later.")
             return (await self._fall_back([vin], await self._cache.records([vin]), late))[vin]
 
-    def _take_off(self, vins: Sequence[str], timeout: float) -> Flight:
+    def _take_off(self, vins: Sequence[str], deadline: float) -> Flight:
         """Start the one flight of these VINs. Nobody who leaves can cancel it."""
-        task = asyncio.create_task(self._fly(vins, timeout))
-        flight = Flight(task, asyncio.get_running_loop().time() + timeout)
+        task = asyncio.create_task(self._fly(vins, deadline))
+        flight = Flight(task, deadline)
         self._flights |= dict.fromkeys(vins, flight)
 
         def landed(task: asyncio.Task[dict[str, Landing]]) -> None:
@@ -1085,7 +1091,7 @@ class Lookups:
         task.add_done_callback(landed)
         return flight
 
-    async def _fly(self, vins: Sequence[str], timeout: float) -> dict[str, Landing]:
+    async def _fly(self, vins: Sequence[str], deadline: float) -> dict[str, Landing]:
         """Fetch the VINs: from vPIC, else as `_fall_back` can. What is new is stored."""
         # Once more the cache: the flight before this one may have landed since the caller looked.
         records = await self._cache.records(vins)
@@ -1095,7 +1101,7 @@ class Lookups:
             failure = VpicUnavailable(502, "vPIC's answer does not describe this VIN; ask again later.")
             decoded: dict[str, Decoded] = {}
             try:
-                decoded = await self._ask(wanted, timeout)
+                decoded = await self._ask(wanted, deadline)
             except VpicUnavailable as error:
                 failure = error
             landings |= await self._keep(decoded, "vpic")
@@ -1103,10 +1109,10 @@ class Lookups:
                 landings |= await self._fall_back(missing, records, failure)
         return landings
 
-    async def _ask(self, vins: Sequence[str], timeout: float) -> dict[str, Decoded]:
+    async def _ask(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
         if self._vpic is None:
             raise VpicUnavailable(503, "vPIC is switched off, and the offline data does not serve.")
-        return await self._vpic.decode(vins, timeout)
+        return await self._vpic.decode(vins, deadline)
 
     async def _keep(self, decoded: dict[str, Decoded], source: Literal["vpic", "offline"]) -> dict[str, Landing]:
         """Store what was decoded, and make answers of it."""
@@ -1208,7 +1214,7 @@ class Lookups:
         async with places, self._batch_places:
             own = [vin for vin in vins if vin not in self._flights]
             if own:
-                self._take_off(own, self._settings.vpic_batch_timeout)
+                self._take_off(own, asyncio.get_running_loop().time() + self._settings.vpic_batch_timeout)
             flights = {vin: self._flights[vin] for vin in vins}
             landings = {vin: (await asyncio.shield(flight.task))[vin] for vin, flight in flights.items()}
         for landing in landings.values():
@@ -1248,6 +1254,8 @@ def serve_exports(channel: int, database: str, snapshot: str) -> None:
     import signal
     import socket
     from urllib.parse import quote
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; this process ends when the server does
 
     import adbc_driver_manager
     import adbc_driver_sqlite.dbapi
@@ -1292,7 +1300,6 @@ def serve_exports(channel: int, database: str, snapshot: str) -> None:
                 frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
                 parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; this process ends when the server does
     os.nice(5)  # lookups come first, but an export under load still ends
     server = socket.socket(fileno=channel)
     while True:
@@ -1316,12 +1323,16 @@ class Exporter:
         self._process: asyncio.subprocess.Process | None = None
         self._socket: socket.socket | None = None
         self._building = asyncio.Lock()
+        self._builds: set[asyncio.Task[mmap.mmap]] = set()
         self._queued: asyncio.Task[mmap.mmap] | None = None
 
     async def __aenter__(self) -> "Exporter":
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for build in self._builds:  # else the next would start the process anew
+            build.cancel()
+        await asyncio.gather(*self._builds, return_exceptions=True)
         await self._stop()
 
     async def parquet(self) -> mmap.mmap:
@@ -1330,6 +1341,8 @@ class Exporter:
         Who comes while one is built shares the next: however many wait, only two are there at a time."""
         if self._queued is None:
             self._queued = asyncio.create_task(self._build_in_turn())
+            self._builds.add(self._queued)
+            self._queued.add_done_callback(self._builds.discard)
             self._queued.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._queued)
 
