@@ -89,7 +89,12 @@ def check_limit(limit: str) -> str:
     return limit
 
 
-Seconds = Annotated[int | float, Field(gt=0, le=1e9)]
+def plain_number(seconds: float) -> float:
+    """For the log: 30, not 30.0."""
+    return int(seconds) if seconds.is_integer() else seconds
+
+
+Seconds = Annotated[float, Field(gt=0, le=1e9), AfterValidator(plain_number)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
 Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
@@ -147,10 +152,10 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        faults = (
-            " ".join([*(f"VINCACHE_{part}".upper() + ":" for part in fault["loc"]), fault["msg"]])
+        faults = [
+            "".join(f"VINCACHE_{name}: ".upper() for name in fault["loc"]) + fault["msg"].removeprefix("Value error, ")
             for fault in error.errors()
-        )
+        ]
         raise StartupError("bad settings: " + "; ".join(faults)) from None
 
 
@@ -538,6 +543,8 @@ class Cache:
     async def __aenter__(self) -> "Cache":
         """Raises StartupError if the file can't be opened and written, or isn't ours."""
         try:
+            # First without aiosqlite: where its thread can't open the file, it outlives the loop, and says so last.
+            await asyncio.to_thread(lambda: sqlite3.connect(self.path).close())
             await self._open()
         except sqlite3.Error as error:
             if not is_damage(error):
