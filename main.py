@@ -1022,7 +1022,7 @@ def decode_offline(vins: Sequence[str]) -> dict[str, Decoded]:
 
 Landing = Answer | VpicUnavailable
 
-CHUNK = 500  # lines of a batch at once: a single hit waits no longer than these take
+CHUNK = 100  # lines of a batch at once: a single hit waits no longer than these take
 
 
 class Flight(NamedTuple):
