@@ -800,9 +800,9 @@ def retry_after_seconds(header: str | None) -> float | None:
     """Seconds to wait by a Retry-After header (seconds or HTTP date), or None if there is none that can be read."""
     if header is None:
         return None
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):  # OverflowError: a date whose zone is out of this world
         if header.strip().isdigit():
-            return float(header)
+            return int(header)  # a float of 400 digits would be infinite, which no header can say
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     return None
 
@@ -896,7 +896,8 @@ class Vpic:
             outcome = {503: "refused", 504: "timeout"}.get(error.status, "failed")
             others = f" and {len(vins) - 1} more" if len(vins) > 1 else ""
             took = time.perf_counter() - started
-            log.warning("vPIC call failed: %s%s: %s after %.2f s", vins[0], others, error.cause, took)
+            cause = " ".join(error.cause.split())  # aiohttp's have line breaks in them
+            log.warning("vPIC call failed: %s%s: %s after %.2f s", vins[0], others, cause, took)
             raise
         finally:
             vpic_duration.record(time.perf_counter() - started, {"outcome": outcome})
@@ -978,11 +979,22 @@ async def open_vpic(settings: Settings) -> AsyncIterator[Vpic | None]:
         stamina = await asyncio.to_thread(importlib.import_module, "stamina")
         stamina.instrumentation.set_on_retry_hooks([])  # a failed call has its line already
         aiohttp = await asyncio.to_thread(importlib.import_module, "aiohttp")
+
+        async def send_once(
+            request: "aiohttp.ClientRequest", send: "aiohttp.ClientHandlerType"
+        ) -> "aiohttp.ClientResponse":
+            # After a torn connection, aiohttp would send a GET again by itself, past our attempts, rate and breaker.
+            try:
+                return await send(request)
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+                raise aiohttp.ClientConnectionError(str(error)) from None
+
         session = aiohttp.ClientSession(
             headers={"User-Agent": "vincache/1.0"},
             timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
             connector=aiohttp.TCPConnector(limit=settings.vpic_concurrency),
             trust_env=True,  # egress proxies are common
+            middlewares=[send_once],
         )
         return await closing.enter_async_context(session)
 
