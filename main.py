@@ -543,16 +543,9 @@ class Cache:
     async def __aenter__(self) -> "Cache":
         """Raises StartupError if the file can't be opened and written, or isn't ours."""
         try:
-            # First without aiosqlite: where its thread can't open the file, it outlives the loop, and says so last.
-            await asyncio.to_thread(lambda: sqlite3.connect(self.path).close())
             await self._open()
-        except sqlite3.Error as error:
-            if not is_damage(error):
-                raise StartupError(f"VINCACHE_DATABASE: {self.path} cannot be opened and written: {error}") from None
-            try:
-                await self._replace(str(error))
-            except (sqlite3.Error, OSError) as again:
-                raise StartupError(f"VINCACHE_DATABASE: {self.path} is damaged and stays so: {again}") from None
+        except (sqlite3.Error, OSError) as error:
+            raise StartupError(f"VINCACHE_DATABASE: {self.path} cannot be opened and written: {error}") from None
         log.info("cache opened: %s, SQLite %s", self.path, sqlite3.sqlite_version)
         return self
 
@@ -561,20 +554,32 @@ class Cache:
             await self._connections.aclose()
 
     async def _open(self) -> None:
-        async with AsyncExitStack() as connections:
-            writer = await self._connect(connections)
-            self._inode = self._inode_at_path()
-            await self._check_ownership(writer)
-            schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-            await writer.executescript(schema)
-            reader = await self._connect(connections)
-            await reader.executescript(schema)
-            self._writer, self._reader, self._connections = writer, reader, connections.pop_all()
+        """Open the file; a damaged one is moved aside for a fresh one."""
+        schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+        for fresh in (False, True):
+            inode = None
+            try:
+                async with AsyncExitStack() as connections:
+                    writer = await self._connect(connections)
+                    inode = self._inode_at_path()
+                    await self._check_ownership(writer)
+                    await writer.executescript(schema)
+                    reader = await self._connect(connections)
+                    await reader.executescript(schema)
+                    self._writer, self._reader, self._inode = writer, reader, inode
+                    self._connections = connections.pop_all()
+                return
+            except sqlite3.Error as error:
+                if fresh or not is_damage(error):
+                    raise
+                self._move_aside(inode, str(error))
 
     async def _connect(self, connections: AsyncExitStack) -> aiosqlite.Connection:
         # The timeout stands before any statement: several workers open the file in the same moment, and each waits for
         # its turn. No isolation level: a statement is its own transaction, and a cancelled one leaves none open.
         connection = aiosqlite.connect(self.path, timeout=self._busy_timeout, isolation_level=None)
+        # Tried first without aiosqlite, whose thread outlives a failure and would have the log's last word.
+        await asyncio.to_thread(lambda: sqlite3.connect(self.path).close())
         return await connections.enter_async_context(connection)
 
     async def _check_ownership(self, connection: aiosqlite.Connection) -> None:
@@ -595,25 +600,29 @@ class Cache:
             return status.st_dev, status.st_ino
         return None
 
-    async def _replace(self, cause: str, broken: aiosqlite.Connection | None = None) -> None:
-        """Move the file aside and open a fresh one; unless that was done since `broken` failed.
+    def _move_aside(self, inode: tuple[int, int] | None, cause: str) -> bool:
+        """Move the damaged file; unless the path no longer leads to it, for then another worker has moved it."""
+        if inode is None or inode != self._inode_at_path():
+            return False
+        aside = self.path.with_name(f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+        for suffix in ("-wal", "-shm", ""):
+            with suppress(FileNotFoundError):
+                os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
+        log.warning("cache damaged (%s): moved to %s, a fresh one takes its place at %s", cause, aside, self.path)
+        return True
 
-        Where the path no longer leads to the file that was open, another worker has moved it: it is only opened."""
+    async def _replace(self, cause: str, broken: aiosqlite.Connection | None = None) -> None:
+        """Open what is at the path now, after moving the file aside if it is `broken`; unless that was done since."""
         async with self._replacing:
             if broken is not None and broken not in (self._reader, self._writer):
                 return
             # Closed before the move: SQLite finds its -wal by name, and that name will be the fresh file's.
             await self._connections.aclose()
-            if self._inode is not None and self._inode == self._inode_at_path():
-                aside = self.path.with_name(f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-                for suffix in ("-wal", "-shm", ""):
-                    with suppress(FileNotFoundError):
-                        os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
-                log.warning("cache damaged (%s): moved to %s, a fresh one is at %s", cause, aside, self.path)
-            else:
-                log.warning("cache opened anew (%s): %s is another file now", cause, self.path)
-            self._inode = None
+            inode, self._inode = self._inode, None  # until it is open again, every write tries to
+            moved = broken is not None and self._move_aside(inode, cause)
             await self._open()
+            if not moved:
+                log.warning("cache opened anew (%s): %s", cause, self.path)
 
     def _fault(self, kind: Literal["read", "written"], why: str) -> None:
         if kind not in self._faults:
@@ -657,7 +666,7 @@ class Cache:
     async def _write_in_turn(self, statement: str, parameters: Sequence[Any] | None) -> Sequence[tuple[Any, ...]]:
         try:
             if self._inode is None or self._inode != self._inode_at_path():  # deleted, or moved: never write to a ghost
-                await self._replace("it was moved or deleted")
+                await self._replace("its file was moved or deleted")
             for last in (False, True):
                 writer = self._writer
                 try:
@@ -718,9 +727,9 @@ class Cache:
 
     async def check(self) -> str:
         """`ok` if the file can be read and written just now, else the reason why not."""
-        await self._read(HIT, ("", 0))
-        with suppress(CacheUnavailable):
+        with suppress(CacheUnavailable):  # first: a write opens anew what was moved or deleted
             await self._write(PROBE, None)
+        await self._read(HIT, ("", 0))
         return "; ".join(f"cannot be {kind}: {why}" for kind, why in self._faults.items()) or "ok"
 
     async def doubt(self, cause: str, reader: aiosqlite.Connection | None = None) -> None:
@@ -1384,11 +1393,15 @@ class Exporter:
             answer = (await asyncio.get_running_loop().sock_recv(channel, 1000)).decode()
             if answer == "ok":
                 return answer, mmap.mmap(file, 0, access=mmap.ACCESS_READ)
-            if not answer:
-                await self._stop()
-            return answer or "the exporting process died", None
+            if answer:
+                return answer, None
+            answer = "the exporting process died"
+        except OSError as error:  # it can't be started, or died before it took the request
+            answer = f"no exporting process: {error}"
         finally:
             os.close(file)
+        await self._stop()
+        return answer, None
 
     async def _request(self, file: int) -> socket.socket:
         """Hand the file to the exporting process; returns the socket that will tell when it is written."""

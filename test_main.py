@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,10 @@ def environment(**settings: Any) -> Iterator[dict[str, str]]:
 class Service:
     """A running vincache: `get`, `post`, `delete` give status, headers and the body, parsed if it is JSON."""
 
-    def __init__(self, client: aiohttp.ClientSession, database: Path, vpic: PlayedVpic, port: int) -> None:
-        self.client, self.database, self.vpic, self.port = client, database, vpic, port
+    def __init__(
+        self, client: aiohttp.ClientSession, database: Path, vpic: PlayedVpic, port: int, state: dict[str, Any]
+    ) -> None:
+        self.client, self.database, self.vpic, self.port, self.state = client, database, vpic, port, state
 
     async def ask(self, method: str, path: str, **kwargs: Any) -> tuple[int, Any, Any]:
         async with self.client.request(method, path, **kwargs) as response:
@@ -212,7 +214,7 @@ async def serving(database: Path, vpic: PlayedVpic, vpic_url: str, **settings: A
         connector = aiohttp.TCPConnector(limit=0)
         try:
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector) as client:
-                yield Service(client, database, vpic, port)
+                yield Service(client, database, vpic, port, server.lifespan.state)
         finally:
             server.should_exit = True
             await task
@@ -260,10 +262,28 @@ class Process:
     """`uvicorn main:app` as a process of its own; its log is in the file `log`."""
 
     def __init__(
-        self, log: Path, port: int, database: Path, *options: str, vpic_url: str = "", **settings: Any
+        self,
+        log: Path,
+        port: int,
+        database: Path,
+        *options: str,
+        vpic_url: str = "",
+        through: Sequence[str] = (),
+        **settings: Any,
     ) -> None:
         self.log, self.port, self.url = log, port, f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "uvicorn", "main:app", "--app-dir", str(HERE), "--port", str(port), *options]
+        command = [
+            *through,
+            sys.executable,
+            "-m",
+            "uvicorn",
+            "main:app",
+            "--app-dir",
+            str(HERE),
+            "--port",
+            str(port),
+            *options,
+        ]
         with environment(database=database, vpic_url=vpic_url, **settings) as environ, log.open("ab") as out:
             self.popen = subprocess.Popen(command, cwd=log.parent, env=environ, stdout=out, stderr=out)
 
