@@ -77,6 +77,7 @@ class StartupError(Exception):
 def check_url(url: str) -> str:
     """The URL without a trailing slash. Raises ValueError unless it is empty or an http(s) URL with a host."""
     parts = urlsplit(url)
+    _ = parts.port  # raises, too
     if url and (parts.scheme not in ("http", "https") or not parts.hostname):
         raise ValueError("not an http or https URL (empty means: offline only)")
     return url.rstrip("/")
@@ -98,6 +99,11 @@ Seconds = Annotated[float, Field(gt=0, le=1e9), AfterValidator(plain_number)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
 Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
+
+
+def mask(text: str) -> str:
+    """The text without the credentials in its URLs."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 class Settings(BaseSettings):
@@ -144,7 +150,7 @@ class Settings(BaseSettings):
 
     def __str__(self) -> str:
         """The effective settings in one line, without keys and without the credentials in URLs."""
-        return " ".join(f"{name}={re.sub(r'://[^/@]*@', '://***@', str(value))}" for name, value in self)
+        return " ".join(f"{name}={mask(str(value))}" for name, value in self)
 
 
 def read_settings() -> Settings:
@@ -1212,7 +1218,8 @@ class Lookups:
     async def _tell_cached(self, some: Sequence[str], lines: dict[str, str], missing: dict[str, str]) -> None:
         """Add to `lines` what needs no vPIC, and to `missing` the rest."""
         new = [raw for raw in some if raw not in lines and raw not in missing]
-        lines |= await self._cache.lines(new)  # as given, for what is cached is normal: most need no more than this
+        fresh = await self._cache.lines(new)  # as given, for what is cached is normal: most need no more than this
+        lines |= fresh
         odd = {}
         for raw in new:
             if raw not in lines:
@@ -1226,7 +1233,7 @@ class Lookups:
                 lines[raw] = cached[vin]
             else:
                 missing[raw] = vin
-        lookups_counter.add(len(new) - len(odd) + len(cached), {"outcome": "hit"})
+        lookups_counter.add(len(fresh) + len(cached), {"outcome": "hit"})
 
     def _group(self, vins: Sequence[str]) -> dict[str, asyncio.Task[dict[str, Landing]]]:
         """A task for every 50 VINs, by VIN; they take off in turn."""
@@ -1452,6 +1459,8 @@ async def pieces(parquet: mmap.mmap) -> AsyncIterator[bytes]:
 
 Tag = Literal["lookup", "cache", "export"]  # what a route is about; the routes carry them
 
+STORAGE_TIMEOUT = 1.0  # seconds; a storage that hangs is down, too
+
 BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
 
 API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="Needed where the operator has set a key")
@@ -1470,9 +1479,10 @@ class Doors:
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
         self._limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
         try:
-            storage = storage_from_string(settings.rate_storage, wrap_exceptions=True)
-        except limits.errors.ConfigurationError as error:
-            raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {error}") from None
+            # Of the clients that limits knows, redis needs nothing else; coredis holds back the versions of others.
+            storage = storage_from_string(settings.rate_storage, wrap_exceptions=True, implementation="redispy")
+        except (limits.errors.ConfigurationError, ValueError) as error:
+            raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
         if not isinstance(storage, Storage):
             raise StartupError("bad settings: VINCACHE_RATE_STORAGE: needs to begin with async+")
         self._counts = FixedWindowRateLimiter(storage)
@@ -1487,27 +1497,29 @@ class Doors:
                 raise API_KEY.make_not_authenticated_error()
 
     async def count(self, request: Request, tag: Tag, vins: int = 1) -> None:
-        """Raises TooManyRequests if the client has had its share. It is known by the address that uvicorn reports."""
+        """Raises TooManyRequests if the client has had its share; with `vins` 0, this is looked up but not counted.
+
+        The client is known by the address that uvicorn reports."""
         if (limit := self._limits.get(tag)) is None:
             return
         if vins > limit.amount:
             raise TooManyRequests(f"The limit is {limit}: {vins} at once are more than it ever allows; send fewer.")
         client = request.client.host if request.client else "unknown"
         try:
-            # First a look: what is refused must not count.
-            if await self._counts.test(limit, tag, client, cost=vins):
-                await self._counts.hit(limit, tag, client, cost=vins)
-                wait = 0.0
-            else:
-                wait = (await self._counts.get_window_stats(limit, tag, client)).reset_time - time.time()
-        except limits.errors.StorageError as error:
+            async with asyncio.timeout(STORAGE_TIMEOUT):
+                # First a look: what is refused must not count. Then the count decides: others may have come between.
+                allowed = await self._counts.test(limit, tag, client, cost=max(1, vins))
+                if allowed and vins:
+                    allowed = await self._counts.hit(limit, tag, client, cost=vins)
+                reset_time = 0 if allowed else (await self._counts.get_window_stats(limit, tag, client)).reset_time
+        except (limits.errors.StorageError, TimeoutError) as error:
             if self._counting:
-                log.warning("VINCACHE_RATE_STORAGE fails (%s): clients are not counted", error)
+                log.warning("VINCACHE_RATE_STORAGE fails (%s): clients are not counted", str(error) or "no answer")
             self._counting = False
             return
         self._counting = True
-        if wait:
-            raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
+        if not allowed:
+            raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=reset_time - time.time())
 
 
 def bounded(request: Request) -> Request:
@@ -1543,9 +1555,9 @@ class Door(APIRoute):
             doors: Doors = request.state.doors
             for tag in self.tags:
                 doors.check_key(request, tag)
-                if self.path != BATCH:  # which counts its VINs when it has read them
-                    await doors.count(request, tag)
-            return await inside(bounded(request))
+                # A batch counts its VINs when it has read them.
+                await doors.count(request, tag, 0 if self.path == BATCH else 1)
+            return await inside(bounded(request) if "POST" in self.methods else request)
 
         return enter
 
@@ -1794,3 +1806,4 @@ app = FastAPI(
     redoc_url=None,
 )
 app.mount("/api/v1", app)
+app.routes[-1].path_regex = re.compile("^/api/v1/(?P<path>.*)$", re.DOTALL)  # a VIN in the path may end in a line break

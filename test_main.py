@@ -199,18 +199,15 @@ class Service:
 @asynccontextmanager
 async def serving(database: Path, vpic: PlayedVpic, vpic_url: str, **settings: Any) -> AsyncIterator[Service]:
     """The service, run by uvicorn in this process, on a real socket."""
-    with (
-        environment(**{"database": database, "vpic_url": vpic_url} | settings),
-        # By its number it is known for TCP, and asyncio sets TCP_NODELAY: else every answer takes 40 ms.
-        socket.socket(fileno=socket.create_server(("127.0.0.1", 0)).detach()) as sock,
-    ):
-        config = uvicorn.Config(main.app, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
+    with environment(**{"database": database, "vpic_url": vpic_url} | settings):
+        # uvicorn binds by itself: on a socket made by hand asyncio would leave Nagle on, 40 ms an answer.
+        config = uvicorn.Config(main.app, port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
-        task = asyncio.create_task(server.serve(sockets=[sock]))
+        task = asyncio.create_task(server.serve())
         while not server.started:
             assert not task.done(), "the service did not start"
             await asyncio.sleep(0.005)
-        port = sock.getsockname()[1]
+        port = server.servers[0].sockets[0].getsockname()[1]
         connector = aiohttp.TCPConnector(limit=0)
         try:
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector) as client:
@@ -266,6 +263,7 @@ class Process:
         log: Path,
         port: int,
         database: Path,
+        /,
         *options: str,
         vpic_url: str = "",
         through: Sequence[str] = (),
