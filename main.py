@@ -834,6 +834,7 @@ class Vpic:
         self._breaker = CircuitBreaker(
             settings.breaker_failures, settings.breaker_seconds, expected_exception=VpicUnavailable
         )
+        self._breaker_seconds = settings.breaker_seconds
         self._open_since: float | None = None
         self._probing = False
         breaker_gauge.set(0)
@@ -928,7 +929,7 @@ class Vpic:
         elif not self._breaker.closed and self._open_since is None:
             self._open_since = time.time()
             breaker_gauge.set(1)
-            log.warning("breaker open: vPIC is left alone for %d s at a time", self._breaker.open_remaining)
+            log.warning("breaker open: vPIC is left alone for %g s at a time", self._breaker_seconds)
 
     async def _call(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
         """One HTTP call, its answer parsed. Whatever goes wrong comes out as VpicUnavailable."""
