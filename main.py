@@ -771,16 +771,16 @@ def translate(flat: object) -> Decoded:
     """One flat result of vPIC in our words. Raises ValueError if one of the eight keys is missing or no proper text."""
     if not isinstance(flat, dict):
         raise ValueError("a result is not an object")
-    values = []
-    for key in VPIC_KEYS.values():
+    words = {}
+    for word, key in VPIC_KEYS.items():
         value = flat.get(key)
         if not isinstance(value, str):
             raise ValueError(f"{key} is missing or not a string")
         value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
         if "\0" in value:
             raise ValueError(f"{key} contains NUL")
-        values.append(value.strip())  # older answers have trailing blanks
-    return Decoded._make(values)
+        words[word] = value.strip()  # older answers have trailing blanks
+    return Decoded(**words)
 
 
 def refuse_constant(name: str) -> None:
