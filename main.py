@@ -477,9 +477,10 @@ SELECT vin, make, model, model_year, body_class, error_code, error_text, suggest
 FROM json_each(?) AS asked CROSS JOIN vehicles ON vin = asked.value
 """
 
+# For the export: what it takes to hand a row over goes by the number of columns, so the words come as one.
 SNAPSHOT = """
-SELECT vin, make, model, model_year, body_class, error_code, error_text, suggested_vin, source,
-       decoded, fetched_at, expires_at
+SELECT vin, decoded, fetched_at, expires_at,
+       concat_ws(char(31), make, model, model_year, body_class, error_code, error_text, suggested_vin, source) AS words
 FROM vehicles
 """
 
@@ -777,8 +778,8 @@ def translate(flat: object) -> Decoded:
         if not isinstance(value, str):
             raise ValueError(f"{key} is missing or not a string")
         value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
-        if "\0" in value:
-            raise ValueError(f"{key} contains NUL")
+        if "\0" in value or "\x1f" in value:  # NUL ends a text in SQLite, the other separates words in the export
+            raise ValueError(f"{key} contains a control character")
         words[word] = value.strip()  # older answers have trailing blanks
     return Decoded(**words)
 
@@ -1328,12 +1329,16 @@ def serve_exports(channel: int, database: str, snapshot: str) -> None:
             ) as parquet,
         ):
             # Rows in one batch: more take more memory, fewer more time.
-            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": 98304})
+            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": 65536})
             cursor.execute(snapshot)  # one statement, so one consistent snapshot
             for batch in cursor.fetch_record_batch():
                 if abandoned():
                     raise SystemExit
-                frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
+                # The words of few rows differ from those of all others: only these are taken apart.
+                words = batch.column("words").dictionary_encode()
+                parts = pd.Series(words.dictionary, dtype=pd.ArrowDtype(pa.string())).str.split("\x1f", expand=True)
+                parts = parts.set_axis(text[1:], axis="columns").take(words.indices).reset_index(drop=True)
+                frame = batch.drop_columns("words").to_pandas(types_mapper=pd.ArrowDtype).join(parts).astype(types)
                 parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
 
     os.nice(5)  # lookups come first, but an export under load still ends
