@@ -1,4 +1,5 @@
-"""The tests of vincache, in main.py's order.
+"""The tests of vincache: first the life of a VIN, then batches, the file and the processes at their worst, vPIC at its
+worst, doors and windows.
 
 Real: the SQLite files, HTTP on both sides, the exporting process, and, where a test is about processes, uvicorn with
 real signals. Played: vPIC alone, by `PlayedVpic`, a server on loopback that answers with real data (of the package
