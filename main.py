@@ -1,12 +1,12 @@
 """vincache: an async microservice that decodes VINs with NHTSA's vPIC, once, and remembers the answer.
 
 The journey of a VIN:
-  1. `Door` lets the request in: the key, then the client's rate limit.
+  1. `Door` lets the request in: the key, then the client's rate limit, then the size of the body.
   2. `HitFirst` answers a cached VIN at once: one statement, one thread hop. Most journeys end here.
   3. `normalize_vin` makes a `Vin` of what was sent, or a 422; `Lookups.lookup` takes it from there.
-  4. `Lookups.flight` starts a flight for it, or joins the one that is under way.
+  4. `Lookups._land` joins the flight of this VIN that is under way, or lets `_take_off` start one.
   5. `Vpic.decode` asks vPIC inside one deadline: its turn, retries, breaker; `parse` trusts nothing it reads.
-  6. If vPIC can't be used, `Lookups.fall_back` serves the expired row, else `decode_offline`'s word, else the failure.
+  6. If vPIC can't be used, `Lookups._fall_back` serves the expired row, else `decode_offline`'s word, else the failure.
   7. `Cache.store` keeps what is new, and the caller gets its `Answer`.
 A batch is many journeys in flights of 50; an export is one look at the whole table, written by a process of its own.
 
@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -566,10 +566,14 @@ class Cache:
         for fresh in (False, True):
             inode = None
             try:
+                # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
+                await asyncio.to_thread(lambda: sqlite3.connect(self.path).close())
+                inode = self._inode_at_path()
+                older = await asyncio.to_thread(self._check_ownership)
                 async with AsyncExitStack() as connections:
                     writer = await self._connect(connections)
-                    inode = self._inode_at_path()
-                    await self._check_ownership(writer)
+                    if older:
+                        await writer.executescript(REBUILD)
                     await writer.executescript(schema)
                     reader = await self._connect(connections)
                     await reader.executescript(schema)
@@ -585,21 +589,22 @@ class Cache:
         # The timeout stands before any statement: several workers open the file in the same moment, and each waits for
         # its turn. No isolation level: a statement is its own transaction, and a cancelled one leaves none open.
         connection = aiosqlite.connect(self.path, timeout=self._busy_timeout, isolation_level=None)
-        # Tried first without aiosqlite, whose thread outlives a failure and would have the log's last word.
-        await asyncio.to_thread(lambda: sqlite3.connect(self.path).close())
         return await connections.enter_async_context(connection)
 
-    async def _check_ownership(self, connection: aiosqlite.Connection) -> None:
-        """Let pass what is new or ours; rebuild an older cache of ours; raise StartupError before touching another."""
-        [(application, version, objects)] = await connection.execute_fetchall(OWNER)
+    def _check_ownership(self) -> bool:
+        """Whether the file is an older cache of ours. Raises StartupError if it is a newer one, or not ours."""
+        # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
+        with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True, timeout=self._busy_timeout)) as file:
+            application, version, objects = file.execute(OWNER).fetchone()
         if application != APPLICATION_ID:
             if application or version or objects:
                 raise StartupError(f"VINCACHE_DATABASE: {self.path} is an SQLite file, but not one of vincache's")
-        elif version > SCHEMA_VERSION:
+            return False
+        if version > SCHEMA_VERSION:
             raise StartupError(f"VINCACHE_DATABASE: {self.path} was made by a newer vincache (schema {version})")
-        elif version < SCHEMA_VERSION:
+        if version < SCHEMA_VERSION:
             log.warning("cache rebuilt: %s has schema %d, not %d", self.path, version, SCHEMA_VERSION)
-            await connection.executescript(REBUILD)
+        return version < SCHEMA_VERSION
 
     def _inode_at_path(self) -> tuple[int, int] | None:
         with suppress(OSError):

@@ -23,7 +23,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import cache
@@ -952,6 +952,16 @@ def foreign(folder: Path) -> Path:
     return folder / "cache.db"
 
 
+def foreign_and_crashed(folder: Path) -> Path:
+    """What its owner wrote last is still in the -wal."""
+    with closing(sqlite3.connect(folder / "other.db", isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("CREATE TABLE notes (text)")
+        for suffix in ("", "-wal"):
+            shutil.copy(folder / f"other.db{suffix}", folder / f"cache.db{suffix}")
+    return folder / "cache.db"
+
+
 def without_right_to_folder(folder: Path) -> Path:
     folder.chmod(0o555)
     return folder / "cache.db"
@@ -968,6 +978,7 @@ def without_right_to_file(folder: Path) -> Path:
     [
         pytest.param(newer, "newer", id="newer schema"),
         pytest.param(foreign, "not one of vincache's", id="foreign SQLite file"),
+        pytest.param(foreign_and_crashed, "not one of vincache's", id="foreign SQLite file with a -wal"),
         pytest.param(lambda folder: folder / "none" / "cache.db", "cannot be opened", id="no such folder"),
         pytest.param(lambda folder: folder, "cannot be opened", id="a folder"),
         pytest.param(lambda _: Path("/proc/cache.db"), "cannot be opened", id="no file can be there"),
