@@ -650,10 +650,10 @@ class Cache:
         reader = self._reader
         try:
             rows = await reader.execute_fetchall(statement, parameters)
-        except (sqlite3.Error, ValueError) as error:  # ValueError: closed by a replacement meanwhile
+        except (sqlite3.Error, ValueError) as error:  # ValueError: the connection is closed
             if is_damage(error):
                 await self.doubt(str(error), reader)
-            else:
+            elif reader is self._reader and not self._replacing.locked():  # else a replacement closed it, and tells so
                 self._fault("read", reason(error))
             return []
         if self._faults:
