@@ -171,6 +171,13 @@ def read_settings() -> Settings:
 
 ASCII_SPACE = " \t\n\v\f\r"
 
+UTC_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def utc(seconds: float) -> str:
+    """Unix seconds as a time in UTC, like 2026-11-21T20:54:00Z."""
+    return datetime.fromtimestamp(seconds, UTC).strftime(UTC_TIME)
+
 
 def normalize_vin(given: str) -> str:
     """`given` without ASCII white space around it, in capitals. Raises unless 17 ASCII letters and digits are left."""
@@ -324,11 +331,7 @@ class Record(NamedTuple):
 
     def answer(self, outcome: str) -> Answer:
         """The answer with this record; `schema.sql` has its like for hits."""
-        words = {
-            **self._asdict(),
-            "cached_result": outcome in ("hit", "stale"),
-            "fetched_at": f"{datetime.fromtimestamp(self.fetched_at, UTC):%Y-%m-%dT%H:%M:%SZ}",
-        }
+        words = {**self._asdict(), "cached_result": outcome in ("hit", "stale"), "fetched_at": utc(self.fetched_at)}
         if self.decoded:
             return Answer(200, Vehicle.model_validate(words).model_dump_json(), outcome)
         outcome = outcome if words["cached_result"] else "undecodable"
@@ -427,13 +430,13 @@ def open_log(form: Literal["text", "json"]) -> None:
     if form == "json":
         formatter = JsonFormatter(
             ["asctime", "levelname", "name", "message"],
-            datefmt="%Y-%m-%dT%H:%M:%SZ",
+            datefmt=UTC_TIME,
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             # Of uvicorn's: the message once more, with terminal colours in it.
             reserved_attrs=[*vars(logging.makeLogRecord({})), "color_message", "message", "asctime"],
         )
     else:
-        formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
     formatter.converter = time.gmtime
     root = logging.getLogger()
     if not root.handlers:
@@ -848,9 +851,7 @@ class Vpic:
     @property
     def state(self) -> str:
         """`ok`, or since when vPIC is left alone."""
-        if self._open_since is None:
-            return "ok"
-        return f"open since {datetime.fromtimestamp(self._open_since, UTC):%Y-%m-%dT%H:%M:%SZ}"
+        return "ok" if self._open_since is None else f"open since {utc(self._open_since)}"
 
     async def decode(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
         """Ask vPIC for up to 50 VINs; those it does not describe are left out.
@@ -939,9 +940,9 @@ class Vpic:
 
     async def _call(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
         """One HTTP call, its answer parsed. Whatever goes wrong comes out as VpicUnavailable."""
-        from aiohttp import ClientError
-
         session = await asyncio.shield(self._session)
+        from aiohttp import ClientError  # not before: until the session is there, another thread is loading it
+
         try:
             async with asyncio.timeout_at(deadline), self._request(session, vins) as response:
                 if response.status != 200:
@@ -1590,6 +1591,18 @@ class State(TypedDict):
 
 
 @asynccontextmanager
+async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `work` beside the body."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[State]:
     """Open the service. Raises StartupError, whose sentence is then the log's last word."""
     try:
@@ -1613,18 +1626,6 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
     except StartupError:
         sys.tracebacklimit = 0  # Starlette prints a traceback: without its frames, a sentence is left
         raise
-
-
-@asynccontextmanager
-async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `work` beside the body."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
 
 
 # ======================================================================================================================
@@ -1681,11 +1682,9 @@ TOLD: dict[int, tuple[type[BaseModel], str]] = {
     503: (VinProblem, "vPIC refuses, or is not asked; Retry-After where it is known"),
     504: (VinProblem, "vPIC did not answer in time"),
 }
-
-
 LINES_SENT = {
     200: {
-        "content": {JSONL: {"schema": {"type": "string"}, "example": '{"vin": "1XPWD40X1ED215307", "make": ...}\\n'}},
+        "content": {JSONL: {"schema": {"type": "string"}, "example": '{"vin": "1XPWD40X1ED215307", "make": ...}'}},
         "description": "One line per VIN, in the order given: what /lookup answers, an error with its `status`",
     }
 }
