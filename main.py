@@ -30,26 +30,26 @@ import math
 import mmap
 import os
 import re
-import socket
 import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
 from urllib.parse import urlsplit
 
+import aiohttp
 import aiosqlite
 import limits
+import stamina
 from circuitbreaker import CircuitBreaker
-from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
+from fastapi import Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
-from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
 from limits.aio.storage import MemoryStorage, Storage
 from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
@@ -59,11 +59,10 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationErro
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import Message
-
-if TYPE_CHECKING:
-    import aiohttp  # loaded by open_vpic, beside the first answers: it takes a quarter of the time to the first one
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # ======================================================================================================================
 # Settings: the only room that reads the environment. Every knob is one line, with its unit and its reason.
@@ -480,10 +479,9 @@ SELECT vin, make, model, model_year, body_class, error_code, error_text, suggest
 FROM json_each(?) AS asked CROSS JOIN vehicles ON vin = asked.value
 """
 
-# For the export: what it takes to hand a row over goes by the number of columns, so the words come as one.
 SNAPSHOT = """
-SELECT vin, decoded, fetched_at, expires_at,
-       concat_ws(char(31), make, model, model_year, body_class, error_code, error_text, suggested_vin, source) AS words
+SELECT vin, make, model, model_year, body_class, error_code, error_text, suggested_vin, source,
+       decoded, fetched_at, expires_at
 FROM vehicles
 """
 
@@ -786,8 +784,8 @@ def translate(flat: object) -> Decoded:
         if not isinstance(value, str):
             raise ValueError(f"{key} is missing or not a string")
         value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
-        if "\0" in value or "\x1f" in value:  # NUL ends a text in SQLite, the other separates words in the export
-            raise ValueError(f"{key} contains a control character")
+        if "\0" in value:  # it ends a text in SQLite
+            raise ValueError(f"{key} contains NUL")
         words[word] = value.strip()  # older answers have trailing blanks
     return Decoded(**words)
 
@@ -834,7 +832,7 @@ def retry_after_seconds(header: str | None) -> float | None:
 class Vpic:
     """vPIC, over a shared session: `decode` is the call, the methods below it each add one concern."""
 
-    def __init__(self, session: "asyncio.Future[aiohttp.ClientSession]", settings: Settings) -> None:
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
         self._session = session
         self._url = settings.vpic_url
         self._places = asyncio.Semaphore(settings.vpic_concurrency)
@@ -857,8 +855,6 @@ class Vpic:
         """Ask vPIC for up to 50 VINs; those it does not describe are left out.
 
         Raises VpicUnavailable, at `deadline` (loop time) at the latest, waiting and retries included."""
-        import stamina
-
         async for attempt in stamina.retry_context(
             on=lambda error: self._wait_before_retry(error, deadline),
             attempts=3,
@@ -940,33 +936,28 @@ class Vpic:
 
     async def _call(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
         """One HTTP call, its answer parsed. Whatever goes wrong comes out as VpicUnavailable."""
-        session = await asyncio.shield(self._session)
-        from aiohttp import ClientError  # not before: until the session is there, another thread is loading it
-
         try:
-            async with asyncio.timeout_at(deadline), self._request(session, vins) as response:
+            async with asyncio.timeout_at(deadline), self._request(vins) as response:
                 if response.status != 200:
                     raise self._refusal(response.status, response.headers.get("Retry-After"))
                 return parse(await self._body(response), vins)
         except TimeoutError:
             raise VpicUnavailable(504, "vPIC did not answer in time; ask again later.", cause="no answer") from None
-        except ClientError as error:
+        except aiohttp.ClientError as error:
             cause = f"{type(error).__name__}: {error}"
             raise VpicUnavailable(502, "vPIC cannot be reached; ask again later.", cause=cause, again=True) from None
         except ValueError as error:
             detail = "vPIC's answer makes no sense; ask again later."
             raise VpicUnavailable(502, detail, cause=f"unusable answer: {error}") from None
 
-    def _request(
-        self, session: "aiohttp.ClientSession", vins: Sequence[str]
-    ) -> "AbstractAsyncContextManager[aiohttp.ClientResponse]":
+    def _request(self, vins: Sequence[str]) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         # A redirect would leave the address that the operator chose; it is a failure like any other status.
         if len(vins) == 1:
             url = f"{self._url}/vehicles/DecodeVinValues/{vins[0]}"
-            return session.get(url, params={"format": "json"}, allow_redirects=False)
+            return self._session.get(url, params={"format": "json"}, allow_redirects=False)
         # With the format in the URL only, vPIC answers in XML.
         form = {"format": "json", "data": ";".join(vins)}
-        return session.post(f"{self._url}/vehicles/DecodeVINValuesBatch/", data=form, allow_redirects=False)
+        return self._session.post(f"{self._url}/vehicles/DecodeVINValuesBatch/", data=form, allow_redirects=False)
 
     @staticmethod
     def _refusal(status: int, retry_after: str | None) -> VpicUnavailable:
@@ -980,7 +971,7 @@ class Vpic:
         )
 
     @staticmethod
-    async def _body(response: "aiohttp.ClientResponse") -> bytes:
+    async def _body(response: aiohttp.ClientResponse) -> bytes:
         """The body, unpacked piece by piece. Raises ValueError once it is larger than any honest answer."""
         body = bytearray()
         async for chunk in response.content.iter_chunked(2**16):
@@ -990,6 +981,14 @@ class Vpic:
         return bytes(body)
 
 
+async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """After a torn connection aiohttp would send a GET again by itself, past our attempts, rate and breaker."""
+    try:
+        return await send(request)
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientConnectionError(str(error)) from None
+
+
 @asynccontextmanager
 async def open_vpic(settings: Settings) -> AsyncIterator[Vpic | None]:
     """vPIC with its session, or None where the settings say offline only."""
@@ -997,36 +996,15 @@ async def open_vpic(settings: Settings) -> AsyncIterator[Vpic | None]:
         log.warning("VINCACHE_VPIC_URL is empty: VINs are decoded offline")
         yield None
         return
-
-    async def connect(closing: AsyncExitStack) -> "aiohttp.ClientSession":
-        stamina = await asyncio.to_thread(importlib.import_module, "stamina")
-        stamina.instrumentation.set_on_retry_hooks([])  # a failed call has its line already
-        aiohttp = await asyncio.to_thread(importlib.import_module, "aiohttp")
-
-        async def send_once(
-            request: "aiohttp.ClientRequest", send: "aiohttp.ClientHandlerType"
-        ) -> "aiohttp.ClientResponse":
-            # After a torn connection, aiohttp would send a GET again by itself, past our attempts, rate and breaker.
-            try:
-                return await send(request)
-            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-                raise aiohttp.ClientConnectionError(str(error)) from None
-
-        session = aiohttp.ClientSession(
-            headers={"User-Agent": "vincache/1.0"},
-            timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
-            connector=aiohttp.TCPConnector(limit=settings.vpic_concurrency),
-            trust_env=True,  # egress proxies are common
-            middlewares=[send_once],
-        )
-        return await closing.enter_async_context(session)
-
-    async with AsyncExitStack() as closing:
-        connecting = asyncio.create_task(connect(closing))
-        try:
-            yield Vpic(connecting, settings)
-        finally:
-            await connecting
+    stamina.instrumentation.set_on_retry_hooks([])  # a failed call has its line already
+    async with aiohttp.ClientSession(
+        headers={"User-Agent": "vincache/1.0"},
+        timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
+        connector=aiohttp.TCPConnector(limit=settings.vpic_concurrency),
+        trust_env=True,  # egress proxies are common
+        middlewares=[send_once],
+    ) as session:
+        yield Vpic(session, settings)
 
 
 # ======================================================================================================================
@@ -1284,21 +1262,23 @@ def tell(vin: str, landing: Landing) -> str:
 
 # ======================================================================================================================
 # Export: the whole table as one Parquet file. It is built by a process of its own, so that no lookup waits for it: it
-# would hold Python's lock, and its SQLite driver brings a second SQLite, which must not share a process with ours. The
-# file is written into memory that both processes see, so it is never copied from one to the other.
+# would hold Python's lock, and its SQLite driver brings a second SQLite, which must not share a process with ours.
 # ======================================================================================================================
 
+EXPORT_SILENCE = 30  # seconds; pieces come some tenths of a second apart: a process silent for so long hangs
 
-def serve_exports(channel: int, database: str, snapshot: str) -> None:
-    """The exporting process: for each file that comes through the socket `channel`, write the export into it.
 
-    Runs alone in a fresh interpreter, from this source: loading the service too would take 35 MB and half a second."""
+def serve_exports() -> None:
+    """The exporting process: for each order on stdin, a line of JSON, a Parquet file on stdout.
+
+    The file comes in frames, each 4 bytes of length and so many bytes; after an empty one, the last frame says what
+    went wrong, and is empty too if nothing did. It runs alone in a fresh interpreter, from this function's source as
+    it was when the service started: to load the service too would take 35 MB and half a second."""
+    import io
+    import json
     import os
     import signal
-    import socket
-    from urllib.parse import quote
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; this process ends when the server does
+    import sys
 
     import adbc_driver_manager
     import adbc_driver_sqlite.dbapi
@@ -1306,60 +1286,59 @@ def serve_exports(channel: int, database: str, snapshot: str) -> None:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    text = ["vin", "make", "model", "model_year", "body_class", "error_code", "error_text", "suggested_vin", "source"]
-    schema = pa.schema(
-        [
-            *((name, pa.string()) for name in text),
-            ("decoded", pa.bool_()),
-            ("fetched_at", pa.timestamp("s", "UTC")),
-            ("expires_at", pa.timestamp("s", "UTC")),
-        ]
-    )
-    types = {field.name: pd.ArrowDtype(field.type) for field in schema}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; this process ends when the server does
+    if hasattr(os, "nice"):
+        os.nice(5)  # lookups come first, but an export under load still ends
 
-    def abandoned() -> bool:
-        try:
-            return server.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
+    special = {"decoded": pa.bool_(), "fetched_at": pa.timestamp("s", "UTC"), "expires_at": pa.timestamp("s", "UTC")}
 
-    def write(file: int) -> None:
+    def send(frame: bytes) -> None:
+        sys.stdout.buffer.write(len(frame).to_bytes(4, "big") + frame)
+        sys.stdout.buffer.flush()
+
+    class Frames(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, piece: Any) -> int:
+            send(bytes(piece))
+            return len(bytes(piece))
+
+    def write(database: str, query: str) -> None:
         with (
-            open(file, "wb", closefd=False) as out,
-            adbc_driver_sqlite.dbapi.connect(f"file:{quote(database)}?mode=ro") as connection,
+            adbc_driver_sqlite.dbapi.connect(database) as connection,
             connection.cursor() as cursor,
-            # The rows come in the order of their VINs, all different: statistics serve a search for those, a dictionary
-            # serves any other column.
-            ParquetWriter(
-                out, schema, compression="zstd", use_dictionary=schema.names[1:], write_statistics=["vin"]
-            ) as parquet,
+            io.BufferedWriter(Frames(), 2**18) as out,
         ):
             # Rows in one batch: more take more memory, fewer more time.
             cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": 65536})
-            cursor.execute(snapshot)  # one statement, so one consistent snapshot
-            for batch in cursor.fetch_record_batch():
-                if abandoned():
-                    raise SystemExit
-                # The words of few rows differ from those of all others: only these are taken apart.
-                words = batch.column("words").dictionary_encode()
-                parts = pd.Series(words.dictionary, dtype=pd.ArrowDtype(pa.string())).str.split("\x1f", expand=True)
-                parts = parts.set_axis(text[1:], axis="columns").take(words.indices).reset_index(drop=True)
-                frame = batch.drop_columns("words").to_pandas(types_mapper=pd.ArrowDtype).join(parts).astype(types)
-                parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+            cursor.execute(query)  # one statement, so one consistent snapshot
+            rows = cursor.fetch_record_batch()
+            # The driver guesses a column's type from what is in it; an empty table says nothing.
+            schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names])
+            types = {field.name: pd.ArrowDtype(field.type) for field in schema}
+            # The rows come in the order of their VINs, all different: statistics serve a search for those, a dictionary
+            # serves any other column.
+            with ParquetWriter(
+                out, schema, compression="zstd", use_dictionary=schema.names[1:], write_statistics=["vin"]
+            ) as parquet:
+                for batch in rows:
+                    frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
+                    parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
 
-    os.nice(5)  # lookups come first, but an export under load still ends
-    server = socket.socket(fileno=channel)
-    while True:
-        message, files, _, _ = socket.recv_fds(server, 1, 1)
-        if not message:
-            return
+    for order in sys.stdin:
         try:
-            write(files[0])
-            server.sendall(b"ok")
+            write(**json.loads(order))
+            fault = ""
         except adbc_driver_manager.Error as error:
-            server.sendall(str(error).encode()[:1000])
-        finally:
-            os.close(files[0])
+            fault = str(error)[:1000]
+        except OSError:
+            os._exit(1)  # the server has gone
+        send(b"")
+        send(fault.encode())
+
+
+EXPORT_PROGRAM = f"{inspect.getsource(serve_exports)}\nserve_exports()"  # now: the file may be replaced while we run
 
 
 class Exporter:
@@ -1368,7 +1347,6 @@ class Exporter:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._process: asyncio.subprocess.Process | None = None
-        self._socket: socket.socket | None = None
         self._building = asyncio.Lock()
         self._builds: set[asyncio.Task[mmap.mmap]] = set()
         self._queued: asyncio.Task[mmap.mmap] | None = None
@@ -1396,58 +1374,56 @@ class Exporter:
     async def _build_in_turn(self) -> mmap.mmap:
         async with self._building:
             self._queued = None  # whoever comes from here on may have stored what this snapshot will lack
-            answer, parquet = await self._build()
-        if parquet is not None:
-            return parquet
-        log.warning("export failed: %s", answer)
-        if "malformed" in answer or "not a database" in answer:
-            await self._cache.doubt(answer)
-        raise ExportFailed("The export could not be built; ask again.")
+            try:
+                return await self._build()
+            except (OSError, EOFError, NotImplementedError, sqlite3.DatabaseError) as error:
+                log.warning("export failed: %s", str(error) or type(error).__name__)
+                if not isinstance(error, sqlite3.DatabaseError):  # of the process nothing more can be expected
+                    await self._stop()
+                elif "malformed" in str(error) or "not a database" in str(error):
+                    await self._cache.doubt(str(error))
+                raise ExportFailed("The export could not be built; ask again.") from None
 
-    async def _build(self) -> tuple[str, mmap.mmap | None]:
-        """What the exporting process says, and the file if it says `ok`."""
+    async def _build(self) -> mmap.mmap:
+        """The file, as the exporting process writes it.
+
+        Raises sqlite3.DatabaseError with what that process says of the database, and OSError (TimeoutError is one),
+        EOFError or NotImplementedError if it says nothing at all."""
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                EXPORT_PROGRAM,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=2**19,
+            )
+        orders = cast(asyncio.StreamWriter, self._process.stdin)
+        frames = cast(asyncio.StreamReader, self._process.stdout)
+        order = {"database": f"{self._cache.path.as_uri()}?mode=ro", "query": SNAPSHOT}
+        orders.write(f"{json.dumps(order)}\n".encode())
         file = open_memory()
         try:
-            channel = await self._request(file)
-            answer = (await asyncio.get_running_loop().sock_recv(channel, 1000)).decode()
-            if answer == "ok":
-                return answer, mmap.mmap(file, 0, access=mmap.ACCESS_READ)
-            if answer:
-                return answer, None
-            answer = "the exporting process died"
-        except OSError as error:  # it can't be started, or died before it took the request
-            answer = f"no exporting process: {error}"
+            while piece := await self._receive(frames):
+                os.write(file, piece)
+            if fault := await self._receive(frames):
+                raise sqlite3.DatabaseError(fault.decode())
+            return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
         finally:
             os.close(file)
-        await self._stop()
-        return answer, None
 
-    async def _request(self, file: int) -> socket.socket:
-        """Hand the file to the exporting process; returns the socket that will tell when it is written."""
-        if self._socket is not None:
-            with suppress(OSError):  # it died while it had nothing to do
-                socket.send_fds(self._socket, [b"x"], [file])
-                return self._socket
-            await self._stop()
-        self._socket, theirs = socket.socketpair()
-        self._socket.setblocking(False)
-        call = f"serve_exports({theirs.fileno()}, {str(self._cache.path)!r}, {SNAPSHOT!r})"
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", f"{inspect.getsource(serve_exports)}\n{call}", pass_fds=[theirs.fileno()]
-            )
-        socket.send_fds(self._socket, [b"x"], [file])
-        return self._socket
+    @staticmethod
+    async def _receive(frames: asyncio.StreamReader) -> bytes:
+        async with asyncio.timeout(EXPORT_SILENCE):
+            size = int.from_bytes(await frames.readexactly(4), "big")
+            return await frames.readexactly(size)
 
     async def _stop(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError, TimeoutError):  # TimeoutError: it hangs in the kernel, on a dead disk
+                process.kill()
+                await asyncio.wait_for(process.wait(), 5)
 
 
 def open_memory() -> int:
@@ -1465,11 +1441,11 @@ async def pieces(parquet: mmap.mmap) -> AsyncIterator[bytes]:
 
 
 # ======================================================================================================================
-# Doors: who may come in, how often, and with how much. A door is a route class, so that it stands before FastAPI takes
-# the request apart: 401, then 429, then 413, then 422.
+# Doors: who may come in, how often, and with how much. They stand before FastAPI takes the request apart: 401, then
+# 429, then 413, then 422.
 # ======================================================================================================================
 
-Tag = Literal["lookup", "cache", "export"]  # what a route is about; the routes carry them
+Tag = Literal["lookup", "remove", "export"]  # what a request is about: the first part of its path
 
 STORAGE_TIMEOUT = 1.0  # seconds; a storage that hangs is down, too
 
@@ -1479,13 +1455,13 @@ API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="Needed w
 
 
 class Doors:
-    """The key and the limits, by what a route is about."""
+    """The key and the limits, by what a request is about."""
 
     def __init__(self, settings: Settings) -> None:
         self._keys = [key.encode() for key in settings.api_keys]
         self._locked: set[Tag] = set()
         if self._keys:
-            self._locked = {"cache", "export", "lookup"} if settings.private else {"cache", "export"}
+            self._locked = {"remove", "export", "lookup"} if settings.private else {"remove", "export"}
         else:
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
@@ -1500,29 +1476,30 @@ class Doors:
         self._counts = FixedWindowRateLimiter(storage)
         self._counting = True
 
-    def check_key(self, request: Request, tag: Tag) -> None:
-        """Raises a 401 if the tag wants a key and the request has none of ours."""
+    async def enter(self, scope: Scope, tag: Tag) -> None:
+        """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
         if tag in self._locked:
-            given = request.headers.get(API_KEY.model.name, "").encode("latin-1")
+            given = Headers(scope=scope).get(API_KEY.model.name, "").encode("latin-1")
             # All are compared, as bytes and in constant time: the time taken tells nothing.
             if not any([hmac.compare_digest(given, key) for key in self._keys]):
                 raise API_KEY.make_not_authenticated_error()
+        await self.count(scope, tag)
 
-    async def count(self, request: Request, tag: Tag, vins: int = 1) -> None:
-        """Raises TooManyRequests if the client has had its share; with `vins` 0, this is looked up but not counted.
+    async def count(self, scope: Scope, tag: Tag, cost: int = 1) -> None:
+        """Raises TooManyRequests if that is more than the client has left of its share; then it does not count.
 
         The client is known by the address that uvicorn reports."""
-        if (limit := self._limits.get(tag)) is None:
+        if (limit := self._limits.get(tag)) is None or cost == 0:
             return
-        if vins > limit.amount:
-            raise TooManyRequests(f"The limit is {limit}: {vins} at once are more than it ever allows; send fewer.")
-        client = request.client.host if request.client else "unknown"
+        if cost >= limit.amount > 1:
+            raise TooManyRequests(f"The limit is {limit}: so many at once are more than it ever allows; send fewer.")
+        client, _ = scope["client"] or ("unknown", 0)
         try:
             async with asyncio.timeout(STORAGE_TIMEOUT):
                 # First a look: what is refused must not count. Then the count decides: others may have come between.
-                allowed = await self._counts.test(limit, tag, client, cost=max(1, vins))
-                if allowed and vins:
-                    allowed = await self._counts.hit(limit, tag, client, cost=vins)
+                allowed = await self._counts.test(limit, tag, client, cost=cost)
+                if allowed:
+                    allowed = await self._counts.hit(limit, tag, client, cost=cost)
                 reset_time = 0 if allowed else (await self._counts.get_window_stats(limit, tag, client)).reset_time
         except (limits.errors.StorageError, TimeoutError) as error:
             if self._counting:
@@ -1534,44 +1511,22 @@ class Doors:
             raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=reset_time - time.time())
 
 
-def bounded(request: Request) -> Request:
-    """The request with a body of bounded size. Raises BodyTooLarge, at once if a larger one is announced."""
+def bounded(scope: Scope, receive: Receive) -> Receive:
+    """The receiving of a body of bounded size. Raises BodyTooLarge, at once if a larger one is announced."""
     too_large = BodyTooLarge("The body is too large; send less at a time.")
-    if int(request.headers.get("content-length", 0)) > BODY_BYTES:
+    if int(Headers(scope=scope).get("content-length", 0)) > BODY_BYTES:
         raise too_large
     size = 0
 
-    async def receive() -> Message:
+    async def receive_bounded() -> Message:
         nonlocal size
-        message = await request.receive()
+        message = await receive()
         size += len(message.get("body", b""))
         if size > BODY_BYTES:
             raise too_large
         return message
 
-    return Request(request.scope, receive)
-
-
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-
-BATCH = "/lookup/batch"
-
-
-class Door(APIRoute):
-    """A route that a request enters by its doors: the key, the client's limit, the size of the body."""
-
-    def get_route_handler(self) -> Handler:
-        inside = super().get_route_handler()
-
-        async def enter(request: Request) -> Response:
-            doors: Doors = request.state.doors
-            for tag in self.tags:
-                doors.check_key(request, tag)
-                # A batch counts its VINs when it has read them.
-                await doors.count(request, tag, 0 if self.path == BATCH else 1)
-            return await inside(bounded(request) if "POST" in self.methods else request)
-
-        return enter
+    return receive_bounded
 
 
 # ======================================================================================================================
@@ -1629,37 +1584,96 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
 
 
 # ======================================================================================================================
-# Routes: one sentence each. GET /lookup has a shorter way for hits; everything else FastAPI takes apart as declared.
+# Front: what happens before FastAPI. It is one ASGI middleware, inside FastAPI's telemetry: the prefix is taken off the
+# path, the doors are passed, a cached VIN is answered; everything else is for the routes.
 # ======================================================================================================================
 
-CANONICAL = re.compile("vin=([0-9A-Z]{17})")
+PREFIX = "/api/v1"
+
+# A lookup as services send it, a normal VIN and nothing else: to let FastAPI take it apart takes longer than the hit.
+CANONICAL = re.compile(r"/lookup(?:\?vin=([0-9A-Z]{17})|/([0-9A-Z]{17})\?)")
+
+TAGS: dict[str, Tag] = {"lookup": "lookup", "remove": "remove", "export": "export"}
 
 
-class HitFirst(APIRoute):
-    """A route that answers a cached VIN before FastAPI takes the request apart: that alone takes longer than the hit.
+class Front:
+    """The one way in."""
 
-    Only for the form that services send, a normal VIN and nothing else; all others go the declared way."""
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
-    def get_route_handler(self) -> Handler:
-        declared = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            in_path = request.path_params.get("vin")
-            given = request.scope["query_string"].decode("latin-1") if in_path is None else f"vin={in_path}"
-            canonical = CANONICAL.fullmatch(given)
-            if canonical and (answer := await request.state.lookups.hit(canonical[1])):
-                return respond(answer)
-            return await declared(request)
-
-        return handle
-
-
-class LookupDoor(Door, HitFirst):
-    """First the doors, then the short way."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._app
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(scope["root_path"])
+            if path == PREFIX or path.startswith(f"{PREFIX}/"):
+                path = path.removeprefix(PREFIX)
+                scope["root_path"] += PREFIX  # for the router: so much of the path has been dealt with
+            try:
+                if tag := TAGS.get(path[1:].partition("/")[0]):
+                    await scope["state"]["doors"].enter(scope, tag)
+                if scope["method"] == "POST":
+                    receive = bounded(scope, receive)
+                elif scope["method"] == "GET" and tag == "lookup":
+                    canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
+                    if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):
+                        answer = respond(hit)
+            except HTTPException as error:
+                answer = await render_error(Request(scope), error)
+        await answer(scope, receive, send)
 
 
 def respond(answer: Answer) -> Response:
     return Response(answer.body, answer.status, media_type="application/json")
+
+
+# ======================================================================================================================
+# Routes: one sentence each.
+# ======================================================================================================================
+
+PARQUET = "application/vnd.apache.parquet"
+JSONL = "application/jsonl"
+
+app = FastAPI(
+    title="vincache",
+    version="1.0.0",
+    summary="Decodes VINs with NHTSA's vPIC, once, and remembers the answer.",
+    lifespan=lifespan,
+    middleware=[Middleware(Front)],
+    exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
+    redoc_url=None,
+)
+
+Told = dict[int | str, dict[str, Any]]
+
+KEY: Told = {401: {"model": Problem, "description": "No key, or a wrong one"}}
+LIMIT: Told = {429: {"model": Problem, "description": "Too many; Retry-After says when to ask again"}}
+BODY: Told = {
+    400: {"model": Problem, "description": "The body can't be read"},
+    413: {"model": Problem, "description": "The body is too large"},
+}
+VIN: Told = {422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"}}
+LOOKUP: Told = {
+    **KEY,
+    **VIN,
+    **LIMIT,
+    404: {"model": Undecodable, "description": "vPIC can't decode this VIN; that is cached too"},
+    502: {"model": VinProblem, "description": "vPIC can't be reached, or its answer makes no sense"},
+    503: {"model": VinProblem, "description": "vPIC refuses, or is not asked; Retry-After where it is known"},
+    504: {"model": VinProblem, "description": "vPIC did not answer in time"},
+}
+UNAVAILABLE: Told = {503: {"model": Problem, "description": "It can't be done at the moment"}}
+LINES_SENT: Told = {
+    200: {
+        "content": {JSONL: {"schema": {"type": "string"}, "example": '{"vin": "1XPWD40X1ED215307", "make": ...}'}},
+        "description": "One line per VIN, in the order given: what /lookup answers, an error with its `status`",
+    }
+}
+FILE_SENT: Told = {
+    200: {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}, "description": "The file"}
+}
+
+by_key = Security(API_KEY)  # for /docs only: the door has checked it
 
 
 async def single_vin(request: Request) -> None:
@@ -1668,77 +1682,27 @@ async def single_vin(request: Request) -> None:
         raise RequestValidationError([{"type": "repeated", "loc": ("query", "vin"), "msg": "Give vin only once"}])
 
 
-PARQUET = "application/vnd.apache.parquet"
-JSONL = "application/jsonl"
-
-TOLD: dict[int, tuple[type[BaseModel], str]] = {
-    400: (Problem, "The body can't be read"),
-    401: (Problem, "No key, or a wrong one"),
-    404: (Undecodable, "vPIC can't decode this VIN; that is cached too"),
-    413: (Problem, "The body is too large"),
-    422: (Invalid, "Not a VIN, not exactly one, or not sent as JSON"),
-    429: (Problem, "Too many; Retry-After says when to ask again"),
-    502: (VinProblem, "vPIC can't be reached, or its answer makes no sense"),
-    503: (VinProblem, "vPIC refuses, or is not asked; Retry-After where it is known"),
-    504: (VinProblem, "vPIC did not answer in time"),
-}
-LINES_SENT = {
-    200: {
-        "content": {JSONL: {"schema": {"type": "string"}, "example": '{"vin": "1XPWD40X1ED215307", "make": ...}'}},
-        "description": "One line per VIN, in the order given: what /lookup answers, an error with its `status`",
-    }
-}
-FILE_SENT = {200: {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}, "description": "The file"}}
-
-
-def declared() -> dict[int | str, dict[str, Any]]:
-    """What /docs says of all these statuses."""
-    return {status: {"model": model, "description": text} for status, (model, text) in TOLD.items()}
-
-
-def referred(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The same by reference to where it is declared: every model declared takes a millisecond of every start."""
-    return {status: refer(*TOLD[status]) for status in statuses}
-
-
-def refer(model: type[BaseModel], text: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"content": {"application/json": {"schema": schema}}, "description": text}
-
-
-UNAVAILABLE = {503: refer(Problem, "It can't be done at the moment")}
-
-hits = APIRouter(route_class=LookupDoor)
-routes = APIRouter(route_class=Door)
-by_key = [Security(API_KEY)]  # for /docs only: the door has checked it
-by_key_once = [Security(API_KEY), Depends(single_vin)]
-looked_up: dict[str, Any] = {
-    "tags": ["lookup"],
-    "response_model": Vehicle,
-    "responses": referred(401, 404, 422, 429, 502, 503, 504),
-}
-removed: dict[str, Any] = {"tags": ["cache"], "response_model": Removed, "responses": referred(401, 422) | UNAVAILABLE}
-
-
-@hits.get("/lookup", dependencies=by_key_once, **looked_up)
-@hits.get("/lookup/{vin}", dependencies=by_key, **looked_up)
+@app.get(
+    "/lookup", tags=["lookup"], response_model=Vehicle, responses=LOOKUP, dependencies=[by_key, Depends(single_vin)]
+)
+@app.get("/lookup/{vin}", tags=["lookup"], response_model=Vehicle, responses=LOOKUP, dependencies=[by_key])
 async def lookup(vin: Vin, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return respond(await request.state.lookups.lookup(vin))
 
 
-@routes.post("/lookup", dependencies=by_key, **looked_up | {"responses": declared()})
+@app.post("/lookup", tags=["lookup"], response_model=Vehicle, responses=LOOKUP | BODY, dependencies=[by_key])
 async def lookup_posted(body: VinBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return respond(await request.state.lookups.lookup(body.vin))
 
 
-@routes.post(
-    BATCH,
+@app.post(
+    "/lookup/batch",
     tags=["lookup"],
-    dependencies=by_key,
     response_class=StreamingResponse,
-    responses=LINES_SENT | referred(400, 401, 413, 422, 429),
+    responses=LINES_SENT | KEY | VIN | LIMIT | BODY,
+    dependencies=[by_key],
 )
 async def lookup_batch(body: BatchBody, request: Request) -> StreamingResponse:
     """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
@@ -1746,29 +1710,30 @@ async def lookup_batch(body: BatchBody, request: Request) -> StreamingResponse:
     if len(body.vins) > limit:
         fault = {"type": "too_long", "loc": ("body", "vins"), "msg": f"At most {limit} VINs at a time"}
         raise RequestValidationError([fault])
-    await request.state.doors.count(request, "lookup", len(body.vins))
+    # The door has counted one.
+    await request.state.doors.count(request.scope, "lookup", max(0, len(body.vins) - 1))
     return StreamingResponse(request.state.lookups.batch(body.vins), media_type=JSONL)
 
 
-@routes.delete("/remove", dependencies=by_key_once, **removed)
-@routes.delete("/remove/{vin}", dependencies=by_key, **removed)
+@app.delete("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key, Depends(single_vin)])
+@app.delete("/remove/{vin}", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key])
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return Removed(vin=vin, cache_delete_success=await request.state.cache.remove(vin))
 
 
-@routes.post("/remove", dependencies=by_key, **removed | {"responses": removed["responses"] | referred(400, 413)})
+@app.post("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE | BODY, dependencies=[by_key])
 async def remove_posted(body: VinBody, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return await remove(body.vin, request)
 
 
-@routes.get(
+@app.get(
     "/export",
     tags=["export"],
-    dependencies=by_key,
     response_class=StreamingResponse,
-    responses=FILE_SENT | referred(401, 429) | UNAVAILABLE,
+    responses=FILE_SENT | KEY | LIMIT | UNAVAILABLE,
+    dependencies=[by_key],
 )
 async def export(request: Request) -> StreamingResponse:
     """Download the whole cache as one Parquet file: every row, expired and undecodable ones too."""
@@ -1778,15 +1743,15 @@ async def export(request: Request) -> StreamingResponse:
     return StreamingResponse(pieces(parquet), headers=headers, media_type=PARQUET)
 
 
-@routes.get("/healthz")
-@routes.head("/healthz", include_in_schema=False)
+@app.get("/healthz")
+@app.head("/healthz", include_in_schema=False)
 async def healthz() -> Health:
     """A sign of life, no more."""
     return Health()
 
 
-@routes.get("/readyz", responses={503: {"model": Readiness, "description": "The cache can't be used"}})
-@routes.head("/readyz", include_in_schema=False)
+@app.get("/readyz", responses={503: {"model": Readiness, "description": "The cache can't be used"}})
+@app.head("/readyz", include_in_schema=False)
 async def readyz(request: Request, response: Response) -> Readiness:
     """Whether the cache can be read and written. vPIC's state is told, but lookups go on without it."""
     cache, vpic = await request.state.cache.check(), request.state.vpic
@@ -1796,24 +1761,6 @@ async def readyz(request: Request, response: Response) -> Readiness:
     )
 
 
-@routes.get("/", include_in_schema=False)
-async def index(request: Request) -> RedirectResponse:
-    # Under /api/v1 and behind a proxy's prefix, too.
-    return RedirectResponse(request.scope.get("app_root_path", request.scope.get("root_path", "")) + "/docs")
-
-
-# ======================================================================================================================
-# App: the assembly.
-# ======================================================================================================================
-
-app = FastAPI(
-    title="vincache",
-    version="1.0.0",
-    summary="Decodes VINs with NHTSA's vPIC, once, and remembers the answer.",
-    lifespan=lifespan,
-    routes=[*hits.routes, *routes.routes],  # as they are: a router that is included is matched twice at each request
-    exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
-    redoc_url=None,
-)
-app.mount("/api/v1", app)
-app.routes[-1].path_regex = re.compile("^/api/v1/(?P<path>.*)$", re.DOTALL)  # a VIN in the path may end in a line break
+@app.get("/", include_in_schema=False)
+async def index() -> RedirectResponse:
+    return RedirectResponse("docs")  # relative: under the prefix and behind a proxy, too
