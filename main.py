@@ -20,10 +20,12 @@ Glossary:
 """
 
 import asyncio
+import errno
 import gc
 import hmac
 import importlib.util
 import inspect
+import ipaddress
 import json
 import logging
 import math
@@ -34,28 +36,49 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, suppress
+import zlib
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, cast
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import aiosqlite
-import limits
+import limits.errors
 import stamina
-from circuitbreaker import CircuitBreaker
-from fastapi import Depends, FastAPI, Request, Response, Security
+from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.security import APIKeyHeader
-from limits.aio.storage import MemoryStorage, Storage
+from limits import RateLimitItem, RateLimitItemPerMinute
+from limits.aio.storage import Storage
 from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 from limits.storage import storage_from_string
 from opentelemetry import metrics
-from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    FailFast,
+    Field,
+    SecretStr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
@@ -63,6 +86,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if sys.platform != "win32":
+    import fcntl
 
 # ======================================================================================================================
 # Settings: the only room that reads the environment. Every knob is one line, with its unit and its reason.
@@ -83,9 +109,9 @@ def check_url(url: str) -> str:
 
 
 def check_limit(limit: str) -> str:
-    """The rate limit as given. Raises ValueError unless it is empty or like `10/minute`."""
-    if limit:
-        limits.parse(limit)
+    """The rate limit as given. Raises ValueError unless it is empty or one like `10/minute`."""
+    if limit and (len(parsed := limits.parse_many(limit)) != 1 or parsed[0].amount < 1):
+        raise ValueError("not one limit like 10/minute (empty means: none)")
     return limit
 
 
@@ -95,6 +121,7 @@ def plain_number(seconds: float) -> float:
 
 
 Seconds = Annotated[float, Field(gt=0, le=1e9), AfterValidator(plain_number)]
+NoneOrSeconds = Annotated[float, Field(ge=0, le=1e9), AfterValidator(plain_number)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
 Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
@@ -113,7 +140,9 @@ class Settings(BaseSettings):
     database: Path = Path("vincache.db")  # the cache: an SQLite file, made if it is missing
     ttl: Seconds = 30 * 86400  # a decoded VIN is fresh this long: vPIC's data drift with its releases
     invalid_ttl: Seconds = 86400  # an undecodable one: a manufacturer may register tomorrow
+    grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, and asked anew behind it
     keep_expired: Seconds = 30 * 86400  # an expired row stays this long, for outages; then it is deleted
+    attributes: bool = True  # keep all that vPIC says, for details=true: some 1.3 kB a VIN
     busy_timeout: Seconds = 2  # a store waits this long for a locked file, then the answer goes out uncached
 
     vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: no call is made, all is decoded offline
@@ -121,7 +150,7 @@ class Settings(BaseSettings):
     vpic_batch_timeout: Seconds = 30  # the deadline of one call for 50 VINs, of which vPIC decodes some 20 a second
     vpic_concurrency: Count = 8  # calls under way at once
     vpic_rate: Count = 1000  # calls in any minute: NHTSA asks for no more
-    breaker_failures: Count = 5  # failed calls in a row, after which vPIC is left alone
+    breaker_failures: Count = 5  # failed calls in a row, for different VINs, after which vPIC is left alone
     breaker_seconds: Seconds = 30  # for this long; then one call probes it
     stale_ttl: Seconds = 60  # an expired row that had to serve is not asked anew for this long
     offline: bool = True  # decode with the vPIC data in the package ultravin when there is nothing else
@@ -130,7 +159,7 @@ class Settings(BaseSettings):
     batch_limit: Annotated[int, Field(gt=0, le=100_000)] = 10_000  # VINs in one batch
     export_limit: Limit = "10/minute"  # exports per client; empty: no limit
     lookup_limit: Limit = ""  # lookups per client, a batch counts its VINs; empty: no limit
-    rate_storage: str = "async+memory://"  # where clients are counted; `async+redis://...` is shared by processes
+    rate_storage: str = "async+memory://"  # where clients and calls to vPIC are counted; `async+redis://...` is shared
     api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: open to all
     private: bool = False  # the lookups want the key too
     log: Literal["text", "json"] = "text"  # one line an event either way
@@ -186,6 +215,15 @@ def normalize_vin(given: str) -> str:
     return vin.upper()
 
 
+def normalize_model_year(given: object) -> object:
+    """A year as four digits, or nothing. Raises unless it is one that a vehicle of today may have."""
+    last = datetime.now(UTC).year + 2  # model years run ahead of the calendar
+    year = str(given).strip(ASCII_SPACE) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
+    if year and not (year.isascii() and year.isdigit() and 1980 <= int(year[:5]) <= last):
+        raise PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
+    return year
+
+
 Vin = Annotated[
     str,
     AfterValidator(normalize_vin),
@@ -198,21 +236,114 @@ Vin = Annotated[
         }
     ),
 ]
+ModelYear = Annotated[
+    str,
+    BeforeValidator(normalize_model_year),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years",
+            "pattern": "^([0-9]{4})?$",
+            "examples": ["1994"],
+        }
+    ),
+]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
 UNREGISTERED = "7 - Manufacturer is not registered with NHTSA for sale or importation in the U.S."
+DOUBT = (
+    "The Model Year decoded for this VIN may be incorrect. If you know the Model year, please enter it and decode again"
+)
+
+# What is asked: a VIN, and the model year after a comma where it is given, which is vPIC's own form. An answer to one
+# question is none to another: with and without the year, vPIC may mean different vehicles.
+Question = str
 
 
-class VinBody(BaseModel):
-    """The body of a POST; other keys are ignored."""
+def ask(vin: str, model_year: str = "") -> Question:
+    return f"{vin},{model_year}" if model_year else vin
 
+
+def vin_of(question: Question) -> str:
+    return question[:17]
+
+
+def model_year_of(question: Question) -> str:
+    return question[18:]
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """`name` for an error, cut short, with the known one that may have been meant."""
+    plain = {re.sub("[^a-z]", "", word.lower()): word for word in known}
+    meant = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
+    return ascii(name[:40]) + (f" (did you mean {plain[meant[0]]}?)" if meant else "")
+
+
+def refuse_unknown(given: Collection[str], known: Collection[str], what: str) -> None:
+    """Raises if a name is given that is not known, in one sentence however many: an answer must not look as if it had
+    honoured what it ignored."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        named = ", ".join(near(name, known) for name in unknown[:3])
+        more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
+        raise PydanticCustomError("unknown", "Unknown {what}: {named}", {"what": what, "named": named + more})
+
+
+class Body(BaseModel):
+    """A JSON body; keys that it does not know are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unknown_keys(cls, given: object) -> object:
+        if isinstance(given, dict):
+            refuse_unknown(given, cls.model_fields, "key")
+        return given
+
+
+class Asked(Body):
+    """A VIN, with its model year where it is known."""
+
+    vin: Vin
+    model_year: ModelYear = ""
+
+    @property
+    def question(self) -> Question:
+        return ask(self.vin, self.model_year)
+
+
+class LookupBody(Asked):
+    details: bool = Field(False, description="With all that vPIC says, as `attributes`")
+
+
+class RemoveBody(Body):
     vin: Vin
 
 
-class BatchBody(BaseModel):
-    """The body of a batch; a bad VIN in it spoils only its own line."""
+class BatchItem(Body):
+    """A line of a batch: a bad VIN in it spoils only its own."""
 
-    vins: list[str] = Field(examples=[["1XPWD40X1ED215307", "1XKWDB0X57J211825"]])
+    vin: str
+    model_year: str | int = ""
+
+
+def few_faults(given: object) -> object:
+    """Raises once for all elements that are neither strings nor objects: pydantic would for each, at 2 kB of memory."""
+    if isinstance(given, list):
+        bad = [index for index, item in enumerate(given) if not isinstance(item, str | dict)]
+        if bad:
+            more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
+            told = {"which": ", ".join(map(str, bad[:3])) + more}
+            raise PydanticCustomError("batch_item", "Neither a string nor an object with a vin: element {which}", told)
+    return given
+
+
+class BatchBody(Body):
+    """The body of a batch: VINs as strings, or as objects where a model year is known."""
+
+    vins: Annotated[list[str | BatchItem], FailFast(), BeforeValidator(few_faults)] = Field(
+        examples=[["1XPWD40X1ED215307", {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]]
+    )
+    details: bool = Field(False, description="With all that vPIC says, as `attributes` of each line")
 
 
 class Vehicle(BaseModel):
@@ -226,9 +357,15 @@ class Vehicle(BaseModel):
     cached_result: bool
     error_code: str = Field(examples=["0"], description="vPIC's codes, comma-separated")
     error_text: str = Field(examples=[CLEAN])
+    additional_error_text: str = Field(examples=[DOUBT], description="vPIC's doubts, of the model year above all")
     suggested_vin: str = Field(examples=[""])
+    possible_values: str = Field(examples=[""], description="What characters a wrong position could have had")
+    model_year_asked: str = Field(examples=[""], description="The model year that was asked for; empty: none")
     source: str = Field(examples=["vpic"], description="vpic, or offline: decoded without it")
     fetched_at: str = Field(examples=["2026-11-21T20:54:00Z"])
+    attributes: dict[str, str] | None = Field(
+        None, examples=[{"GVWR": "Class 8: 33,001 lb and above (14,969 kg and above)"}], description="With details=true"
+    )
 
 
 class Undecodable(BaseModel):
@@ -238,10 +375,14 @@ class Undecodable(BaseModel):
     vin: str = Field(examples=["AAAAAAAAAAAAAAAAA"])
     error_code: str = Field(examples=["1,7,400"])
     error_text: str = Field(examples=[UNREGISTERED])
+    additional_error_text: str = Field(examples=[""])
     suggested_vin: str = Field(examples=["AAAAAAAA!AAAA!!!!"])
+    possible_values: str = Field(examples=[""])
+    model_year_asked: str = Field(examples=[""])
     cached_result: bool
     source: str = Field(examples=["vpic"])
     fetched_at: str = Field(examples=["2026-11-21T20:54:00Z"])
+    attributes: dict[str, str] | None = Field(None, examples=[{}], description="With details=true")
 
 
 class Removed(BaseModel):
@@ -297,7 +438,10 @@ class Decoded(NamedTuple):
     body_class: str
     error_code: str
     error_text: str
+    additional_error_text: str
     suggested_vin: str
+    possible_values: str
+    attributes: str  # all else that is not empty, under vPIC's own names: a JSON object
 
     @property
     def decodable(self) -> bool:
@@ -313,28 +457,41 @@ class Answer(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A row of `vehicles`: its columns in their order."""
+    """A row of `vehicles`: its columns in their order; and the attributes that belong to it, None where not kept."""
 
     vin: str
+    model_year_asked: str
     make: str
     model: str
     model_year: str
     body_class: str
     error_code: str
     error_text: str
+    additional_error_text: str
     suggested_vin: str
+    possible_values: str
     source: str
     decoded: int
     fetched_at: int
     expires_at: int
+    attributes: str | None
 
-    def answer(self, outcome: str) -> Answer:
+    @property
+    def question(self) -> Question:
+        return ask(self.vin, self.model_year_asked)
+
+    def answer(self, outcome: str, details: bool) -> Answer:
         """The answer with this record; `schema.sql` has its like for hits."""
-        words = {**self._asdict(), "cached_result": outcome in ("hit", "stale"), "fetched_at": utc(self.fetched_at)}
+        told = self._asdict() | {"cached_result": outcome in ("hit", "stale"), "fetched_at": utc(self.fetched_at)}
+        told["attributes"] = json.loads(self.attributes or "{}")
+        without = None if details else {"attributes"}
         if self.decoded:
-            return Answer(200, Vehicle.model_validate(words).model_dump_json(), outcome)
-        outcome = outcome if words["cached_result"] else "undecodable"
-        return Answer(404, Undecodable.model_validate(words).model_dump_json(), outcome)
+            return Answer(200, Vehicle.model_validate(told).model_dump_json(exclude=without), outcome)
+        outcome = outcome if told["cached_result"] else "undecodable"
+        return Answer(404, Undecodable.model_validate(told).model_dump_json(exclude=without), outcome)
+
+
+COLUMNS = Record._fields[:-1]
 
 
 # ======================================================================================================================
@@ -376,7 +533,8 @@ class ExportFailed(VincacheError):
 class VpicUnavailable(VincacheError):
     """vPIC gave no usable answer. Not asked, or refused: 503; too late: 504; anything else: 502.
 
-    `cause` is for the log; `again` says whether the same call may fare better in a moment."""
+    `cause` is for the log; `again` says whether the same call may fare better in a moment, `maybe_vin` whether a VIN
+    may be the cause, and `counts` whether it speaks against vPIC at all."""
 
     def __init__(
         self,
@@ -385,15 +543,21 @@ class VpicUnavailable(VincacheError):
         *,
         cause: str = "",
         again: bool = False,
+        maybe_vin: bool = False,
+        counts: bool = True,
         retry_after: float | None = None,
         **fields: str,
     ) -> None:
-        self.status, self.cause, self.again = status, cause, again
+        self.status, self.cause, self.again, self.maybe_vin, self.counts = status, cause, again, maybe_vin, counts
         super().__init__(detail, retry_after=retry_after, **fields)
 
     def about(self, vin: str) -> "VpicUnavailable":
         """The same, for one caller and its VIN: a shared exception would gather the tracebacks of all."""
         return VpicUnavailable(self.status, self.detail, retry_after=self.retry_after, vin=vin)
+
+
+def invalid(kind: str, loc: tuple[str, ...], msg: str) -> RequestValidationError:
+    return RequestValidationError([{"type": kind, "loc": loc, "msg": msg}])
 
 
 async def render_error(request: Request, error: Exception) -> JSONResponse:
@@ -448,12 +612,149 @@ def open_log(form: Literal["text", "json"]) -> None:
 
 
 # ======================================================================================================================
-# Cache: all the SQL there is, on one SQLite file. One connection reads, another writes, so that a blocked write holds
-# up no hit. A fault of the file costs warmth, never an answer: reads then find nothing, stores are skipped, and a
-# damaged file is moved aside for a fresh one.
+# Rates: how often a thing may happen, counted in this process by a clock that nobody sets, or in a storage that several
+# processes share. Whatever that storage does, it never costs an answer.
 # ======================================================================================================================
 
-SCHEMA_VERSION = 1  # as in schema.sql
+STORAGE_PATIENCE = 1  # seconds; a storage that is silent for so long fails
+STORAGE_REST = 5  # seconds for which a failing storage is left alone
+
+
+Taken = TypeVar("Taken")
+
+
+class FixedWindow:
+    """What each client has used of a limit; dropped whole when the window ends, so that many clients cost nothing."""
+
+    def __init__(self) -> None:
+        self._ends = 0.0
+        self._used: dict[str, int] = {}
+
+    def take(self, limit: RateLimitItem, client: str, cost: int) -> float:
+        """0, and it counts; or the seconds until it may, and it does not."""
+        now = time.monotonic()
+        if now >= self._ends:
+            self._ends, self._used = now + limit.get_expiry(), {}
+        used = self._used.get(client, 0) + cost
+        if used > limit.amount:
+            return self._ends - now
+        self._used[client] = used
+        return 0
+
+
+class MovingWindow:
+    """The times of the last calls: no more than the limit in any span of its length, wherever that begins."""
+
+    def __init__(self, limit: RateLimitItem) -> None:
+        self._seconds = limit.get_expiry()
+        self._times = deque([-math.inf] * limit.amount, limit.amount)
+
+    def take(self) -> float:
+        """0, and it counts; or the seconds until it may, and it does not."""
+        now = time.monotonic()
+        wait = self._times[0] + self._seconds - now
+        if wait <= 0:
+            self._times.append(now)
+        return max(0, wait)
+
+
+class Rates:
+    """The counts of this service. Raises StartupError for a storage that could never work."""
+
+    def __init__(self, url: str, vpic_rate: int) -> None:
+        self._vpic_limit = RateLimitItemPerMinute(vpic_rate)
+        self._vpic_window = MovingWindow(self._vpic_limit)
+        self._windows: defaultdict[str, FixedWindow] = defaultdict(FixedWindow)
+        self._rest_ends, self._failing = 0.0, False
+        self._storage: Storage | None = None
+        if url != "async+memory://":
+            try:
+                # Of the clients that limits knows, redis needs nothing else; coredis holds back the versions of others.
+                storage = storage_from_string(url, wrap_exceptions=True, implementation="redispy")
+            except (limits.errors.ConfigurationError, ValueError, TypeError) as error:
+                raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
+            if not isinstance(storage, Storage):
+                raise StartupError("bad settings: VINCACHE_RATE_STORAGE: needs to begin with async+")
+            self._storage = storage
+
+    async def __aenter__(self) -> "Rates":
+        storage = self._storage
+        if storage is not None:
+            try:
+                await self._shared(storage.check)
+            except TypeError as error:  # an option that its client does not know
+                raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return
+
+    async def client(self, limit: RateLimitItem, tag: str, client: str, cost: int) -> float:
+        """0, and it counts; or the seconds until the client may, and it does not. Without the storage all may."""
+        if self._storage is None:
+            return self._windows[tag].take(limit, client, cost)
+        counts = FixedWindowRateLimiter(self._storage)
+
+        async def take() -> float:
+            # First a look: what is refused must not count. Then the count decides: others may have come between.
+            if await counts.test(limit, tag, client, cost=cost) and await counts.hit(limit, tag, client, cost=cost):
+                return 0
+            return max(0.01, (await counts.get_window_stats(limit, tag, client)).reset_time - time.time())
+
+        return await self._shared(take) or 0
+
+    async def vpic(self) -> float:
+        """0, and it counts as a call to vPIC; or the seconds until one may be made."""
+        if self._storage is not None:
+            storage, limit = self._storage, self._vpic_limit
+            calls = MovingWindowRateLimiter(storage)
+
+            async def take() -> float:
+                if await calls.hit(limit, "vpic"):
+                    return 0
+                wait = (await calls.get_window_stats(limit, "vpic")).reset_time - time.time()
+                if wait > limit.get_expiry():  # somebody's clock was set back: it would say so for as long as that
+                    await storage.clear(limit.key_for("vpic"))
+                return min(max(0.01, wait), 1)  # others share the window: it is worth a look sooner
+
+            wait = await self._shared(take)
+            if wait is not None:
+                return wait
+        return self._vpic_window.take()
+
+    async def _shared(self, work: Callable[[], Awaitable[Taken]]) -> Taken | None:
+        """What the storage says; None while it fails, and for some seconds after that nobody asks it."""
+        if time.monotonic() < self._rest_ends:
+            return None
+        if self._failing:
+            self._rest_ends = time.monotonic() + STORAGE_REST  # one finds out whether it is there again
+        try:
+            async with asyncio.timeout(STORAGE_PATIENCE):
+                taken = await work()
+        except TypeError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a client library's: it may be anything, and must not cost an answer
+            self._rest_ends = time.monotonic() + STORAGE_REST
+            if not self._failing:
+                why = mask(" ".join(str(error).split())) or "no answer"
+                log.warning(
+                    "VINCACHE_RATE_STORAGE fails (%s): clients are not counted, vPIC's calls by each for itself", why
+                )
+            self._failing = True
+            return None
+        if self._failing:
+            log.info("VINCACHE_RATE_STORAGE answers again")
+        self._rest_ends, self._failing = 0.0, False
+        return taken
+
+
+# ======================================================================================================================
+# Cache: all the SQL there is. `FileStore` carries statements out on one SQLite file: one connection reads, another
+# writes, so that a blocked write holds up no hit. `Cache` has the statements. The cache is disposable, the service is
+# not: whatever happens to the file costs warmth, never an answer.
+# ======================================================================================================================
+
+SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
 
 OWNER = """
@@ -462,66 +763,98 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-REBUILD = "BEGIN IMMEDIATE; DROP TABLE IF EXISTS vehicles; COMMIT"
-
-HIT = "SELECT status, body FROM answers WHERE vin = ? AND expires_at > ?"
-
-# CROSS JOIN makes SQLite go through the VINs asked and look each up, never the other way round.
-LINES = """
-SELECT vin, CASE status WHEN 200 THEN body ELSE json_insert(body, '$.status', status) END
-FROM json_each(?) AS asked CROSS JOIN answers ON vin = asked.value
-WHERE expires_at > ?
-"""
-
-RECORDS = """
-SELECT vin, make, model, model_year, body_class, error_code, error_text, suggested_vin, source,
+# Around the tables of schema.sql, in its transaction: a file of schema 1 keeps its rows, and a process killed in the
+# midst of it leaves it as it was.
+MIGRATE = "ALTER TABLE vehicles RENAME TO vehicles_1"
+MIGRATED = """
+INSERT INTO vehicles
+SELECT vin, '', make, model, model_year, body_class, error_code, error_text, '', suggested_vin, '', source,
        decoded, fetched_at, expires_at
-FROM json_each(?) AS asked CROSS JOIN vehicles ON vin = asked.value
+FROM vehicles_1;
+DROP TABLE vehicles_1;
 """
 
-SNAPSHOT = """
-SELECT vin, make, model, model_year, body_class, error_code, error_text, suggested_vin, source,
-       decoded, fetched_at, expires_at
-FROM vehicles
+# CROSS JOIN makes SQLite go through the questions asked and look each up, never the other way round. What expired no
+# longer ago than the grace is an answer too, but not a fresh one; of a stand-in's word it is none.
+ANSWERS = """
+SELECT asked.value, status, body, expires_at > :now
+FROM json_each(:questions) AS asked
+CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
+WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 """
 
-# One statement for any number of records is one transaction. What was decoded offline never replaces vPIC's word.
-STORE = """
-INSERT OR REPLACE INTO vehicles (
-    vin, make, model, model_year, body_class, error_code, error_text, suggested_vin, source,
-    decoded, fetched_at, expires_at
-)
-SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, value ->> 6, value ->> 7,
-       value ->> 8, value ->> 9, value ->> 10, value ->> 11
+DETAILS = """
+SELECT asked.value, status, json_set(body, '$.attributes', json(attributes)), expires_at > :now
+FROM json_each(:questions) AS asked
+CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
+CROSS JOIN attributes USING (vin, model_year_asked)
+WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
+"""
+
+RECORDS = f"""
+SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS)}, attributes
+FROM json_each(?) AS asked
+LEFT JOIN removals ON removals.vin = substr(asked.value, 1, 17)
+LEFT JOIN vehicles
+  ON vehicles.vin = substr(asked.value, 1, 17) AND vehicles.model_year_asked = substr(asked.value, 19)
+LEFT JOIN attributes
+  ON attributes.vin = vehicles.vin AND attributes.model_year_asked = vehicles.model_year_asked
+"""  # noqa: S608 - our own column names
+
+SNAPSHOT = f"SELECT {', '.join(COLUMNS)} FROM vehicles"  # noqa: S608 - as above
+
+# Any number of records at once: the columns, then the attributes, then the removal that was known when the fetching
+# began. What was decoded offline never replaces vPIC's word, and what was removed meanwhile is not put back.
+STORE = f"""
+INSERT OR REPLACE INTO vehicles ({", ".join(COLUMNS)})
+SELECT {", ".join(f"value ->> {index}" for index in range(len(COLUMNS)))}
 FROM json_each(?)
-WHERE value ->> 8 = 'vpic' OR NOT EXISTS (SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND source = 'vpic')
+WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {len(COLUMNS) + 1}
+  AND (value ->> 11 = 'vpic' OR NOT EXISTS (
+    SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND model_year_asked = value ->> 1 AND source = 'vpic'))
+"""  # noqa: S608 - as above
+
+STORE_ATTRIBUTES = f"""
+INSERT INTO attributes (vin, model_year_asked, attributes)
+SELECT vin, model_year_asked, value ->> {len(COLUMNS)}
+FROM json_each(?) CROSS JOIN vehicles ON vin = value ->> 0 AND model_year_asked = value ->> 1
+WHERE value ->> {len(COLUMNS)} IS NOT NULL AND source = value ->> 11 AND fetched_at = value ->> 13
+ON CONFLICT DO NOTHING
+"""  # noqa: S608 - as above
+
+EXTEND = """
+UPDATE vehicles SET expires_at = max(expires_at, ?)
+WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
 """
 
-EXTEND = "UPDATE vehicles SET expires_at = max(expires_at, ?) WHERE vin IN (SELECT value FROM json_each(?))"
-
+# A removal is remembered for as long as a fetching that began before it may last.
+REMOVAL = "INSERT OR REPLACE INTO removals (vin, removed_at) VALUES (?, ?)"
 REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
+REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
+FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
+REMOVALS_KEPT = 3600  # seconds
 
 # The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
 BITE = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
 FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
 """
-
 SWEEP = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 
 # More than a page, really written: it finds a locked file, a read-only one and a full disk.
-PROBE = """
-BEGIN IMMEDIATE;
-INSERT INTO vehicles VALUES ('', hex(zeroblob(4096)), '', '', '', '', '', '', '', 0, 0, 0);
-DELETE FROM vehicles WHERE vin = '';
-COMMIT
-"""
+PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) VALUES ('', '', hex(zeroblob(4096)))"
+PROBED = "DELETE FROM attributes WHERE vin = ''"
+
+Rows = list[tuple[Any, ...]]
+Statement = tuple[str, Sequence[Any]]
+
+
+class StoreFault(Exception):
+    """A statement was not carried out. The text is the reason, which anybody may read: it names no path."""
 
 
 def reason(error: Exception) -> str:
-    """What the operator may read at /readyz: what SQLite or the system says, without the path."""
-    if isinstance(error, TimeoutError):
-        return "locked for too long"
+    """What SQLite or the system says, without the path."""
     if isinstance(error, OSError):
         return error.strerror or "input/output error"
     return "another file is in its place" if isinstance(error, StartupError) else str(error)
@@ -533,109 +866,325 @@ def is_damage(error: BaseException) -> bool:
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-class Cache:
-    """The SQLite file, opened; use as `async with`.
+@asynccontextmanager
+async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `work` beside the body."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
-    Readers get what can be read. Writers raise CacheUnavailable if nothing was written within `busy_timeout` seconds,
-    the wait for the writes before it included."""
+
+@asynccontextmanager
+async def alone(folder: Path) -> AsyncIterator[None]:
+    """Of all our processes, be the one that opens or retires a file in this folder."""
+    if sys.platform == "win32":  # where a file that somebody has open can't be moved or deleted anyway
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+MOVED, REPLACED = "its file was moved or deleted", "another file was put in its place"
+EMPTIED = "its file was emptied"
+
+# A database is three files. Never opened here to look into them: closing them again would drop SQLite's locks.
+PARTS = ("", "-wal", "-shm")
+Identity = tuple[int, int] | None
+
+
+def identity(path: str) -> Identity:
+    """Which file is there: its device and inode, or None."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return None
+
+
+class OpenFile(NamedTuple):
+    """A database that is open: its two connections, and which files they have hold of."""
+
+    path: Path  # with symbolic links followed: it is their target that is replaced
+    parts: dict[str, Identity]
+    reader: aiosqlite.Connection
+    writer: aiosqlite.Connection
+    connections: AsyncExitStack
+
+    def fault(self) -> str:
+        """Why the file at the path is no longer this one; empty if it is."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return MOVED
+        if (status.st_dev, status.st_ino) != self.parts[""]:
+            return REPLACED
+        return "" if status.st_size else EMPTIED
+
+
+class Job(NamedTuple):
+    """Statements to be written in one transaction, not later than a time (loop time); `rows` are the last one's."""
+
+    statements: Sequence[Statement]
+    deadline: float
+    rows: asyncio.Future[Rows]
+
+
+class FileStore:
+    """One SQLite file; use as `async with`. Raises StartupError if it can't be opened and written, or isn't ours.
+
+    One rule holds for whatever happens to the file: what is no longer the file that was opened, or is damaged, is
+    retired with all three of its parts, and what is at the path then is opened, be it nothing."""
 
     def __init__(self, path: Path, busy_timeout: float) -> None:
-        self.path = path.absolute()
+        self._path = path.absolute()
         self._busy_timeout = busy_timeout
-        self._connections = AsyncExitStack()
-        self._inode: tuple[int, int] | None = None
-        self._turn = asyncio.Lock()
+        self._file: OpenFile | None = None
         self._replacing = asyncio.Lock()
-        self._faults: dict[str, str] = {}
+        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._tasks = AsyncExitStack()
 
-    async def __aenter__(self) -> "Cache":
-        """Raises StartupError if the file can't be opened and written, or isn't ours."""
+    async def __aenter__(self) -> "FileStore":
         try:
-            await self._open()
+            async with alone(self._path.resolve().parent):
+                self._file = await self._open(max(START_PATIENCE, self._busy_timeout))
         except (sqlite3.Error, OSError) as error:
-            raise StartupError(f"VINCACHE_DATABASE: {self.path} cannot be opened and written: {error}") from None
-        log.info("cache opened: %s, SQLite %s", self.path, sqlite3.sqlite_version)
+            raise StartupError(f"VINCACHE_DATABASE: {self._path} cannot be opened and written: {error}") from None
+        log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
+        await self._tasks.enter_async_context(background(self._write_jobs()))
+        await self._tasks.enter_async_context(background(self._watch()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        async with self._turn:
-            await self._connections.aclose()
+        await self._jobs.join()
+        await self._tasks.aclose()
+        if self._file is not None:
+            await self._file.connections.aclose()
 
-    async def _open(self) -> None:
-        """Open the file; a damaged one is moved aside for a fresh one."""
-        schema = Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-        for fresh in (False, True):
-            inode = None
+    async def _open(self, patience: float) -> OpenFile:
+        """Open what is at the path; a damaged file is moved aside for a fresh one."""
+        path = self._path.resolve()
+        for last in (False, True):
             try:
                 # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
-                await asyncio.to_thread(lambda: sqlite3.connect(self.path).close())
-                inode = self._inode_at_path()
-                older = await asyncio.to_thread(self._check_ownership)
+                await asyncio.to_thread(prepare, path, patience)
                 async with AsyncExitStack() as connections:
-                    writer = await self._connect(connections)
-                    if older:
-                        await writer.executescript(REBUILD)
-                    await writer.executescript(schema)
-                    reader = await self._connect(connections)
-                    await reader.executescript(schema)
-                    self._writer, self._reader, self._inode = writer, reader, inode
-                    self._connections = connections.pop_all()
-                return
+                    reader, writer = [
+                        # The timeout stands before any statement. No isolation level: a statement is its own
+                        # transaction unless it is told otherwise, and a cancelled one leaves none open.
+                        await connections.enter_async_context(
+                            aiosqlite.connect(path, timeout=patience, isolation_level=None)
+                        )
+                        for _ in range(2)
+                    ]
+                    for connection in (reader, writer):
+                        await connection.executescript(schema())
+                    parts = {part: identity(f"{path}{part}") for part in PARTS}
+                    return OpenFile(path, parts, reader, writer, connections.pop_all())
             except sqlite3.Error as error:
-                if fresh or not is_damage(error):
+                if last or not is_damage(error):
                     raise
-                self._move_aside(inode, str(error))
+                retire(path, {part: identity(f"{path}{part}") for part in PARTS}, str(error))
+        raise AssertionError
 
-    async def _connect(self, connections: AsyncExitStack) -> aiosqlite.Connection:
-        # The timeout stands before any statement: several workers open the file in the same moment, and each waits for
-        # its turn. No isolation level: a statement is its own transaction, and a cancelled one leaves none open.
-        connection = aiosqlite.connect(self.path, timeout=self._busy_timeout, isolation_level=None)
-        return await connections.enter_async_context(connection)
+    async def _current(self) -> OpenFile:
+        """The file, opened anew if what is at the path is no longer it: a ghost is never written to."""
+        file = self._file
+        if file is not None and not (fault := file.fault()):
+            return file
+        return await self._replace(file, fault if file else MOVED, damaged=fault == EMPTIED if file else False)
 
-    def _check_ownership(self) -> bool:
-        """Whether the file is an older cache of ours. Raises StartupError if it is a newer one, or not ours."""
-        # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
-        with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True, timeout=self._busy_timeout)) as file:
-            application, version, objects = file.execute(OWNER).fetchone()
-        if application != APPLICATION_ID:
-            if application or version or objects:
-                raise StartupError(f"VINCACHE_DATABASE: {self.path} is an SQLite file, but not one of vincache's")
-            return False
-        if version > SCHEMA_VERSION:
-            raise StartupError(f"VINCACHE_DATABASE: {self.path} was made by a newer vincache (schema {version})")
-        if version < SCHEMA_VERSION:
-            log.warning("cache rebuilt: %s has schema %d, not %d", self.path, version, SCHEMA_VERSION)
-        return version < SCHEMA_VERSION
-
-    def _inode_at_path(self) -> tuple[int, int] | None:
-        with suppress(OSError):
-            status = self.path.stat()
-            return status.st_dev, status.st_ino
-        return None
-
-    def _move_aside(self, inode: tuple[int, int] | None, cause: str) -> bool:
-        """Move the damaged file; unless the path no longer leads to it, for then another worker has moved it."""
-        if inode is None or inode != self._inode_at_path():
-            return False
-        aside = self.path.with_name(f"{self.path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-        for suffix in ("-wal", "-shm", ""):
-            with suppress(FileNotFoundError):
-                os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
-        log.warning("cache damaged (%s): moved to %s, a fresh one takes its place at %s", cause, aside, self.path)
-        return True
-
-    async def _replace(self, cause: str, broken: aiosqlite.Connection | None = None) -> None:
-        """Open what is at the path now, after moving the file aside if it is `broken`; unless that was done since."""
+    async def _replace(self, file: OpenFile | None, cause: str, *, damaged: bool) -> OpenFile:
+        """Retire `file` and open what is at the path now; unless that was done since."""
         async with self._replacing:
-            if broken is not None and broken not in (self._reader, self._writer):
-                return
-            # Closed before the move: SQLite finds its -wal by name, and that name will be the fresh file's.
-            await self._connections.aclose()
-            inode, self._inode = self._inode, None  # until it is open again, every write tries to
-            moved = broken is not None and self._move_aside(inode, cause)
-            await self._open()
+            if self._file is not None and self._file is not file:
+                return self._file
+            self._file = None  # until it is open again, every write tries to
+            moved = False
+            try:
+                async with alone(self._path.resolve().parent):
+                    if file is not None and damaged:
+                        moved = retire(file.path, file.parts, cause)
+                    elif file is not None:
+                        await self._leave(file)
+                    if file is not None:
+                        await file.connections.aclose()
+                    self._file = await self._open(self._busy_timeout)
+            finally:
+                if file is not None:  # where not even the folder is left
+                    await file.connections.aclose()
             if not moved:
-                log.warning("cache opened anew (%s): %s", cause, self.path)
+                log.warning("cache opened anew (%s): %s", cause, self._path)
+            return self._file
+
+    @staticmethod
+    async def _leave(file: OpenFile) -> None:
+        """Make an end with a file that is no longer at its path."""
+        with suppress(sqlite3.Error):  # one that was moved away keeps its last rows
+            await file.writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+        for part in PARTS[1:]:  # SQLite finds them by name, and that name is now another file's
+            if file.parts[part] is not None and identity(f"{file.path}{part}") == file.parts[part]:
+                os.unlink(f"{file.path}{part}")
+
+    async def _watch(self) -> None:
+        """Notice soon what happened to the file, even if nobody writes."""
+        while True:
+            await asyncio.sleep(1)
+            with suppress(sqlite3.Error, OSError, StartupError):  # the next write tells of it
+                await self._current()
+
+    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+        """The rows. Raises StoreFault."""
+        while True:
+            if self._replacing.locked():  # it is over in a moment
+                async with self._replacing:
+                    pass
+            file = self._file
+            if file is None:
+                raise StoreFault("it is not open")
+            try:
+                return cast(Rows, await file.reader.execute_fetchall(statement, parameters))
+            except (sqlite3.Error, ValueError) as error:  # ValueError: the connection was closed, by a replacement
+                if is_damage(error):
+                    await self.doubt(str(error), file)
+                if file is self._file or self._file is None:
+                    raise StoreFault(reason(error)) from error
+
+    async def write(self, *statements: Statement) -> Rows:
+        """Carry the statements out in one transaction; the rows that the last one returns.
+
+        Raises StoreFault if nothing was written, within `busy_timeout`, the wait for the writes before it included. A
+        caller that leaves breaks nothing off."""
+        loop = asyncio.get_running_loop()
+        job = Job(statements, loop.time() + self._busy_timeout, loop.create_future())
+        self._jobs.put_nowait(job)
+        return await job.rows
+
+    async def _write_jobs(self) -> None:
+        while True:
+            job = await self._jobs.get()
+            try:
+                rows = await self._write(job)
+            except (sqlite3.Error, ValueError, OSError, StartupError) as error:
+                if not job.rows.done():
+                    job.rows.set_exception(StoreFault(reason(error)))
+            else:
+                if not job.rows.done():
+                    job.rows.set_result(rows)
+            finally:
+                self._jobs.task_done()
+
+    async def _write(self, job: Job) -> Rows:
+        for last in (False, True):
+            file = await self._current()
+            left = job.deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                raise TimeoutError(errno.ETIMEDOUT, "locked for too long")
+            try:
+                # SQLite's own wait is the only one: what is told is what happened.
+                await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
+                await file.writer.execute_fetchall("BEGIN IMMEDIATE")
+                for statement, parameters in job.statements:
+                    rows = await file.writer.execute_fetchall(statement, parameters)
+                await file.writer.execute_fetchall("COMMIT")
+                return cast(Rows, rows)
+            except sqlite3.Error as error:
+                if file.writer.in_transaction:
+                    await file.writer.rollback()
+                if last or not is_damage(error):
+                    raise
+                await self._replace(file, str(error), damaged=True)
+        raise AssertionError
+
+    @asynccontextmanager
+    async def copy(self) -> AsyncIterator[str]:
+        """The URI of a database that may be read by another SQLite library, in another process. Raises StoreFault."""
+        try:
+            file = await self._current()
+        except (sqlite3.Error, OSError, StartupError) as error:
+            raise StoreFault(reason(error)) from error
+        yield f"{file.path.as_uri()}?mode=ro"
+
+    async def doubt(self, cause: str, file: OpenFile | None = None) -> None:
+        """Replace the file: somebody found it damaged."""
+        with suppress(sqlite3.Error, OSError, StartupError):  # the next write tries again
+            await self._replace(file or self._file, cause, damaged=True)
+
+
+START_PATIENCE = 30  # seconds for which a start waits for a file that somebody holds locked
+
+
+def schema() -> str:
+    return Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
+
+
+def prepare(path: Path, patience: float) -> None:
+    """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
+
+    Raises sqlite3.Error, and StartupError if the file is a newer one or not ours."""
+    status = path.stat() if path.exists() else None
+    if status is None or status.st_size == 0:
+        for part in PARTS[1:]:  # somebody's whose file is gone
+            Path(f"{path}{part}").unlink(missing_ok=True)
+    sqlite3.connect(path).close()  # makes the file
+    # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=patience)) as file:
+        application, version, objects = file.execute(OWNER).fetchone()
+    if application != APPLICATION_ID and (application or version or objects):
+        raise StartupError(f"VINCACHE_DATABASE: {path} is an SQLite file, but not one of vincache's")
+    if version > SCHEMA_VERSION:
+        raise StartupError(f"VINCACHE_DATABASE: {path} was made by a newer vincache (schema {version})")
+    script = schema()
+    if application == APPLICATION_ID and version == 1:
+        log.warning("cache of schema 1: %s is brought to schema %d", path, SCHEMA_VERSION)
+        before, _, rest = script.partition(TABLES_BEGIN)
+        tables, _, after = rest.partition(TABLES_END)
+        script = f"{before}{TABLES_BEGIN}{MIGRATE};{tables}{MIGRATED}{TABLES_END}{after}"
+    with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as file:
+        file.executescript(script)
+
+
+# What schema.sql has between these is one transaction.
+TABLES_BEGIN, TABLES_END = "BEGIN IMMEDIATE;", "COMMIT;"
+
+
+def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
+    """Whether the damaged file was moved aside, its parts with it; not if another worker has been here before."""
+    if parts[""] is None or identity(str(path)) != parts[""]:
+        return False
+    aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    for part in reversed(PARTS):
+        if parts[part] is not None and identity(f"{path}{part}") == parts[part]:
+            os.rename(f"{path}{part}", f"{aside}{part}")
+    log.warning("cache damaged (%s): moved to %s, a fresh one takes its place at %s", cause, aside, path)
+    return True
+
+
+class Cached(NamedTuple):
+    """What the cache says of a question: an HTTP status, the body as JSON text, and whether it is fresh."""
+
+    status: int
+    body: str
+    fresh: bool
+
+
+class Cache:
+    """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
+
+    def __init__(self, store: FileStore, grace: float) -> None:
+        self._store = store
+        self._grace = grace
+        self._faults: dict[str, str] = {}
+        self._asked: list[tuple[Question, asyncio.Future[Cached | None]]] = []
+        self._answering: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[str] | None = None
+        self._checked_at = -math.inf
 
     def _fault(self, kind: Literal["read", "written"], why: str) -> None:
         if kind not in self._faults:
@@ -646,84 +1195,77 @@ class Cache:
         if self._faults.pop(kind, None):
             log.info("cache can be %s again", kind)
 
-    async def _read(self, statement: str, parameters: Sequence[Any]) -> Sequence[tuple[Any, ...]]:
-        """The rows; none if the file can't be read."""
-        reader = self._reader
+    async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         try:
-            rows = await reader.execute_fetchall(statement, parameters)
-        except (sqlite3.Error, ValueError) as error:  # ValueError: the connection is closed
-            if is_damage(error):
-                await self.doubt(str(error), reader)
-            elif reader is self._reader and not self._replacing.locked():  # else a replacement closed it, and tells so
-                self._fault("read", reason(error))
+            rows = await self._store.read(statement, parameters)
+        except StoreFault as fault:
+            self._fault("read", str(fault))
             return []
         if self._faults:
             self._no_fault("read")
         return rows
 
-    async def _write(self, statement: str, parameters: Sequence[Any] | None) -> Sequence[tuple[Any, ...]]:
-        """The rows that one statement (without parameters: one script) returns. Raises CacheUnavailable."""
+    async def _write(self, *statements: Statement) -> Rows:
         try:
-            async with asyncio.timeout(self._busy_timeout):
-                await self._turn.acquire()
-                # A task of its own: a caller that leaves neither breaks the write off nor frees the turn too early.
-                writing = asyncio.create_task(self._write_in_turn(statement, parameters))
-                writing.add_done_callback(lambda task: task.cancelled() or task.exception())
-                rows = await asyncio.shield(writing)
-        except (sqlite3.Error, ValueError, OSError, StartupError) as error:  # OSError: TimeoutError, and a failed move
-            self._fault("written", reason(error))
-            raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from error
+            rows = await self._store.write(*statements)
+        except StoreFault as fault:
+            self._fault("written", str(fault))
+            raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
         self._no_fault("written")
         return rows
 
-    async def _write_in_turn(self, statement: str, parameters: Sequence[Any] | None) -> Sequence[tuple[Any, ...]]:
+    async def hit(self, question: Question) -> Cached | None:
+        """What is cached, or None. Who comes while a statement is under way shares the next one."""
+        answer: asyncio.Future[Cached | None] = asyncio.get_running_loop().create_future()
+        self._asked.append((question, answer))
+        if self._answering is None:
+            self._answering = asyncio.create_task(self._answer())
+        return await answer
+
+    async def _answer(self) -> None:
+        asked, self._asked = self._asked, []
+        found: dict[Question, Cached] = {}
         try:
-            if self._inode is None or self._inode != self._inode_at_path():  # deleted, or moved: never write to a ghost
-                await self._replace("its file was moved or deleted")
-            for last in (False, True):
-                writer = self._writer
-                try:
-                    if parameters is not None:
-                        return await writer.execute_fetchall(statement, parameters)
-                    await writer.executescript(statement)
-                    return []
-                except sqlite3.Error as error:
-                    if parameters is None:
-                        await writer.rollback()
-                    if last or not is_damage(error):
-                        raise
-                    await self._replace(str(error), writer)
-            raise AssertionError
-        finally:
-            self._turn.release()
+            found = await self.answers([question for question, _ in asked])
+        finally:  # whatever happened, nobody is left waiting
+            for question, answer in asked:
+                if not answer.done():  # else its caller has left
+                    answer.set_result(found.get(question))
+            self._answering = asyncio.create_task(self._answer()) if self._asked else None
 
-    async def hit(self, vin: str) -> Answer | None:
-        """The answer from a fresh row, or None."""
-        for status, body in await self._read(HIT, (vin, time.time())):
-            return Answer(status, body, "hit")
-        return None
+    async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Cached]:
+        """What is cached of these, with `attributes` if details are asked for and there."""
+        parameters = {"questions": json.dumps(questions), "now": time.time(), "grace": self._grace}
+        rows = await self._read(DETAILS if details else ANSWERS, parameters)
+        return {question: Cached(status, body, fresh) for question, status, body, fresh in rows}
 
-    async def lines(self, vins: Sequence[str]) -> dict[str, str]:
-        """The batch lines of those VINs that have a fresh row."""
-        return dict(await self._read(LINES, (json.dumps(vins), time.time())))
+    async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
+        """The rows of those that have one, fresh or not; and of all, which removal was the last of its VIN."""
+        rows = await self._read(RECORDS, (json.dumps(questions),))
+        return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
-    async def records(self, vins: Sequence[str]) -> dict[str, Record]:
-        """The rows of those VINs that have one, fresh or not."""
-        return {row[0]: Record._make(row) for row in await self._read(RECORDS, (json.dumps(vins),))}
-
-    async def store(self, records: Collection[Record]) -> None:
-        """Insert or replace the rows; if that fails, they are not cached. Returns within `busy_timeout`."""
+    async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
+        """Insert or replace the rows, each unless there was another removal than the one given; if that fails, they
+        are not cached. Returns within `busy_timeout`."""
+        rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
-            await self._write(STORE, (json.dumps(list(records)),))
+            await self._write((STORE, (rows,)), (STORE_ATTRIBUTES, (rows,)))
 
-    async def extend(self, vins: Sequence[str], expires_at: int) -> None:
-        """Let the rows of these VINs count as fresh until `expires_at` (unix seconds)."""
+    async def extend(self, questions: Sequence[Question], expires_at: int) -> None:
+        """Let the rows of these questions count as fresh until `expires_at` (unix seconds)."""
         with suppress(CacheUnavailable):
-            await self._write(EXTEND, (expires_at, json.dumps(vins)))
+            await self._write((EXTEND, (expires_at, json.dumps(questions))))
 
     async def remove(self, vin: str) -> bool:
-        """Whether a row was there, fresh or not; it is no more. Raises CacheUnavailable."""
-        return bool(await self._write(REMOVE, (vin,)))
+        """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
+
+        Raises CacheUnavailable, and then nothing was removed."""
+        return bool(await self._write((REMOVAL, (vin, time.time_ns())), (REMOVE, (vin,))))
+
+    async def removal(self, question: Question) -> int | None:
+        """Which removal was the last of this VIN."""
+        rows = await self._read(REMOVED_AT, (vin_of(question),))
+        return rows[0][0] if rows else None
 
     async def sweep(self, keep_expired: float) -> None:
         """Now and then, for ever, delete the rows expired for longer than `keep_expired` seconds, in small bites."""
@@ -733,32 +1275,42 @@ class Cache:
                 while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
                     [(upto, expired)] = bite
                     if expired:
-                        await self._write(SWEEP, (last, upto, cutoff))
+                        await self._write((SWEEP, (last, upto, cutoff)))
                     last = upto
                     await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
+                await self._write((FORGET_REMOVALS, (time.time_ns() - REMOVALS_KEPT * 10**9,)))
             await asyncio.sleep(min(3600, max(1, keep_expired / 10)))
 
     async def check(self) -> str:
-        """`ok` if the file can be read and written just now, else the reason why not."""
+        """`ok` if the store can be read and written just now, else the reason why not.
+
+        However many ask, one finds out at a time, and what it found holds for a second."""
+        if self._checking is None or (self._checking.done() and time.monotonic() > self._checked_at + 1):
+            self._checking = asyncio.create_task(self._check())
+        return await asyncio.shield(self._checking)
+
+    async def _check(self) -> str:
         with suppress(CacheUnavailable):  # first: a write opens anew what was moved or deleted
-            await self._write(PROBE, None)
-        await self._read(HIT, ("", 0))
+            await self._write((PROBE, ()), (PROBED, ()))
+        await self._read(REMOVED_AT, ("",))
+        self._checked_at = time.monotonic()
         return "; ".join(f"cannot be {kind}: {why}" for kind, why in self._faults.items()) or "ok"
 
-    async def doubt(self, cause: str, reader: aiosqlite.Connection | None = None) -> None:
-        """Replace the file: `reader`, or somebody outside, found it damaged."""
-        try:
-            await self._replace(cause, reader or self._reader)
-        except (sqlite3.Error, OSError, StartupError) as error:  # the next store tries again
-            self._fault("read", reason(error))
+    def copy(self) -> AbstractAsyncContextManager[str]:
+        """For an export: the URI of a database with all that was stored before. Raises StoreFault."""
+        return self._store.copy()
+
+    async def doubt(self, cause: str) -> None:
+        """Somebody outside found the database damaged."""
+        await self._store.doubt(cause)
 
 
 # ======================================================================================================================
-# vPIC: the only room that talks to it. First the translation, which trusts nothing and does no I/O; then the call, with
-# its deadline, its retries, its breaker and its manners. Facts: https://vpic.nhtsa.dot.gov/api/ and recorded answers.
+# vPIC: the only room that talks to it. First the translation, which trusts nothing and does no I/O; then the breaker;
+# then the call, with its retries and its manners. Facts: https://vpic.nhtsa.dot.gov/api/ and recorded answers.
 # ======================================================================================================================
 
-# Our word for vPIC's. Nothing else of its 154 keys is kept.
+# Our word for vPIC's: without these there is no answer. All else that it says is kept under vPIC's own names.
 VPIC_KEYS = {
     "vin": "VIN",
     "make": "Make",
@@ -769,25 +1321,40 @@ VPIC_KEYS = {
     "error_text": "ErrorText",
     "suggested_vin": "SuggestedVIN",
 }
+DOUBT_KEYS = {"additional_error_text": "AdditionalErrorText", "possible_values": "PossibleValues"}
 
 VPIC_VINS = 50  # in one call, at most
 ANSWER_BYTES = 2**21  # unpacked; 50 VINs take some 250 kB
 
 
+def text(value: object) -> str:
+    """The value without blanks around it, which older answers have. Raises ValueError if it is no proper text."""
+    if not isinstance(value, str):
+        raise ValueError("missing or not a string")
+    value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
+    if "\0" in value:  # it ends a text in SQLite
+        raise ValueError("a text with NUL in it")
+    return value.strip()
+
+
 def translate(flat: object) -> Decoded:
-    """One flat result of vPIC in our words. Raises ValueError if one of the eight keys is missing or no proper text."""
+    """One flat result of vPIC in our words. Raises ValueError if one of the eight keys is missing or no proper text;
+    of the others an odd one is left out."""
     if not isinstance(flat, dict):
         raise ValueError("a result is not an object")
     words = {}
     for word, key in VPIC_KEYS.items():
-        value = flat.get(key)
-        if not isinstance(value, str):
-            raise ValueError(f"{key} is missing or not a string")
-        value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
-        if "\0" in value:  # it ends a text in SQLite
-            raise ValueError(f"{key} contains NUL")
-        words[word] = value.strip()  # older answers have trailing blanks
-    return Decoded(**words)
+        try:
+            words[word] = text(flat.get(key))
+        except ValueError as error:
+            raise ValueError(f"{key} is {error}") from None
+    others = {}
+    for key in flat.keys() - VPIC_KEYS.values():
+        with suppress(ValueError):
+            if value := text(flat[key]):
+                others[text(key)] = value
+    words |= {word: others.pop(key, "") for word, key in DOUBT_KEYS.items()}
+    return Decoded(**words, attributes=json.dumps(dict(sorted(others.items())), ensure_ascii=False))
 
 
 def refuse_constant(name: str) -> None:
@@ -829,32 +1396,88 @@ def retry_after_seconds(header: str | None) -> float | None:
     return None
 
 
-class Vpic:
-    """vPIC, over a shared session: `decode` is the call, the methods below it each add one concern."""
+class Breaker:
+    """Leaves a failing vPIC alone.
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
-        self._session = session
-        self._url = settings.vpic_url
-        self._places = asyncio.Semaphore(settings.vpic_concurrency)
-        self._rate = limits.RateLimitItemPerMinute(settings.vpic_rate)
-        self._calls = MovingWindowRateLimiter(MemoryStorage())
-        self._breaker = CircuitBreaker(
-            settings.breaker_failures, settings.breaker_seconds, expected_exception=VpicUnavailable
-        )
-        self._breaker_seconds = settings.breaker_seconds
-        self._open_since: float | None = None
+    closed --so many failures in a row, of different VINs--> open --some seconds, then the next call--> probing
+    probing --an answer--> closed
+    probing --a failure--> open
+
+    A VIN on which vPIC chokes fails alone, however often it is asked; what no VIN can be the cause of always counts."""
+
+    def __init__(self, failures: int, seconds: float) -> None:
+        self._failures = failures
+        self._seconds = seconds
+        self._failed: set[object] = set()
+        self._open_until: float | None = None  # monotonic; None: closed
+        self._open_since = 0.0  # unix seconds
         self._probing = False
         breaker_gauge.set(0)
 
     @property
     def state(self) -> str:
         """`ok`, or since when vPIC is left alone."""
-        return "ok" if self._open_since is None else f"open since {utc(self._open_since)}"
+        return "ok" if self._open_until is None else f"open since {utc(self._open_since)}"
 
-    async def decode(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
-        """Ask vPIC for up to 50 VINs; those it does not describe are left out.
+    def refusal(self) -> VpicUnavailable | None:
+        """The error for a call that is not to be made now, or None."""
+        if self._open_until is None:
+            return None
+        wait = self._open_until - time.monotonic()
+        if wait <= 0 and not self._probing:
+            return None
+        detail = "vPIC fails and is left alone for now; ask again later."
+        return VpicUnavailable(503, detail, retry_after=max(1, wait))
 
-        Raises VpicUnavailable, at `deadline` (loop time) at the latest, waiting and retries included."""
+    @contextmanager
+    def watching(self, vins: Sequence[str]) -> Iterator[None]:
+        """Around a call for these VINs. Raises VpicUnavailable if it is not to be made."""
+        if refusal := self.refusal():
+            raise refusal
+        probe = self._probing = self._open_until is not None
+        try:
+            yield
+        except VpicUnavailable as error:
+            if error.counts:
+                self._failed.add(tuple(vins) if error.maybe_vin else object())
+                if probe or len(self._failed) >= self._failures:
+                    self._open()
+            raise
+        else:
+            self._close()
+        finally:
+            if probe:
+                self._probing = False
+
+    def _open(self) -> None:
+        if self._open_until is None:
+            self._open_since = time.time()
+            breaker_gauge.set(1)
+            log.warning("breaker open: vPIC is left alone for %g s at a time", self._seconds)
+        self._open_until = time.monotonic() + self._seconds
+
+    def _close(self) -> None:
+        self._failed.clear()
+        if self._open_until is not None:
+            self._open_until = None
+            breaker_gauge.set(0)
+            log.info("breaker closed: vPIC answers again")
+
+
+class Vpic:
+    """vPIC, over a shared session: `decode` is the call, the methods below it each add one concern."""
+
+    def __init__(self, session: aiohttp.ClientSession, rates: Rates, settings: Settings) -> None:
+        self._session = session
+        self._rates = rates
+        self._url = settings.vpic_url
+        self._fair_time = settings.vpic_timeout / 2
+        self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
+
+    async def decode(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoded]:
+        """Ask vPIC up to 50 questions, of different VINs; those it does not answer are left out.
+
+        Raises VpicUnavailable, at `deadline` (loop time) at the latest, retries included."""
         async for attempt in stamina.retry_context(
             on=lambda error: self._wait_before_retry(error, deadline),
             attempts=3,
@@ -864,10 +1487,13 @@ class Vpic:
             wait_max=1,
         ):
             with attempt:
-                return await self._call_in_turn(vins, deadline)
+                await self._keep_to_rate(deadline)
+                with self.breaker.watching(questions):
+                    return await self._call_noted(questions, deadline)
         raise AssertionError  # the loop returns or raises
 
-    def _wait_before_retry(self, error: Exception, deadline: float) -> bool | float:
+    @staticmethod
+    def _wait_before_retry(error: Exception, deadline: float) -> bool | float:
         """Whether a failed call is worth another (True: after a jittered backoff), or the seconds to wait before it."""
         if not isinstance(error, VpicUnavailable) or not error.again:
             return False
@@ -876,87 +1502,66 @@ class Vpic:
             return left > 1  # the longest backoff
         return error.retry_after < left and max(0.05, error.retry_after)
 
-    async def _call_in_turn(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
-        self._check_breaker()
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._places.acquire()
-        except TimeoutError:
-            raise VpicUnavailable(503, "Too many VINs are waiting for vPIC; ask again later.") from None
-        try:
-            await self._keep_to_rate(deadline)
-            self._check_breaker()  # once more: it may have opened while this call waited
-            return await self._call_guarded(vins, deadline)
-        finally:
-            self._places.release()
-
     async def _keep_to_rate(self, deadline: float) -> None:
-        while not await self._calls.hit(self._rate):
-            free_at, _ = await self._calls.get_window_stats(self._rate)
-            wait = max(0.01, free_at - time.time())
+        while True:
+            if refusal := self.breaker.refusal():
+                raise refusal
+            wait = await self._rates.vpic()
+            if not wait:
+                return
             if asyncio.get_running_loop().time() + wait > deadline:
                 raise VpicUnavailable(503, "Too many VINs are waiting for vPIC; ask again later.", retry_after=wait)
             await asyncio.sleep(wait)
 
-    def _check_breaker(self) -> None:
-        """Raises VpicUnavailable while vPIC is left alone; after that, lets one call through to probe it."""
-        if self._breaker.opened or (not self._breaker.closed and self._probing):
-            wait = max(1, self._breaker.open_remaining)
-            raise VpicUnavailable(503, "vPIC fails and is left alone for now; ask again later.", retry_after=wait)
-
-    async def _call_guarded(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
-        """One call that the breaker, the log and the telemetry know of."""
+    async def _call_noted(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoded]:
+        """One call that the log and the telemetry know of."""
         started, outcome = time.perf_counter(), "ok"
-        self._probing = probe = not self._breaker.closed
         try:
-            with self._breaker:
-                return await self._call(vins, deadline)
+            return await self._call(questions, deadline)
         except VpicUnavailable as error:
             outcome = {503: "refused", 504: "timeout"}.get(error.status, "failed")
-            others = f" and {len(vins) - 1} more" if len(vins) > 1 else ""
+            others = f" and {len(questions) - 1} more" if len(questions) > 1 else ""
             took = time.perf_counter() - started
             cause = " ".join(error.cause.split())  # aiohttp's have line breaks in them
-            log.warning("vPIC call failed: %s%s: %s after %.2f s", vins[0], others, cause, took)
+            log.warning("vPIC call failed: %s%s: %s after %.2f s", vin_of(questions[0]), others, cause, took)
             raise
         finally:
             vpic_duration.record(time.perf_counter() - started, {"outcome": outcome})
-            if probe:
-                self._probing = False
-            self._note_breaker()
 
-    def _note_breaker(self) -> None:
-        if self._breaker.closed and self._open_since is not None:
-            self._open_since = None
-            breaker_gauge.set(0)
-            log.info("breaker closed: vPIC answers again")
-        elif not self._breaker.closed and self._open_since is None:
-            self._open_since = time.time()
-            breaker_gauge.set(1)
-            log.warning("breaker open: vPIC is left alone for %g s at a time", self._breaker_seconds)
-
-    async def _call(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
+    async def _call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoded]:
         """One HTTP call, its answer parsed. Whatever goes wrong comes out as VpicUnavailable."""
+        asked = {vin_of(question): question for question in questions}
+        fair = deadline - asyncio.get_running_loop().time() >= self._fair_time
         try:
-            async with asyncio.timeout_at(deadline), self._request(vins) as response:
+            async with asyncio.timeout_at(deadline), self._request(questions) as response:
                 if response.status != 200:
                     raise self._refusal(response.status, response.headers.get("Retry-After"))
-                return parse(await self._body(response), vins)
+                return {asked[vin]: decoded for vin, decoded in parse(await self._body(response), asked).items()}
         except TimeoutError:
-            raise VpicUnavailable(504, "vPIC did not answer in time; ask again later.", cause="no answer") from None
+            detail = "vPIC did not answer in time; ask again later."
+            raise VpicUnavailable(504, detail, cause="no answer", maybe_vin=True, counts=fair) from None
         except aiohttp.ClientError as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise VpicUnavailable(502, "vPIC cannot be reached; ask again later.", cause=cause, again=True) from None
+            raise VpicUnavailable(
+                502,
+                "vPIC cannot be reached; ask again later.",
+                cause=str(error) or type(error).__name__,
+                again=True,
+                maybe_vin=not isinstance(error.__cause__, aiohttp.ClientConnectorError),
+            ) from None
         except ValueError as error:
             detail = "vPIC's answer makes no sense; ask again later."
-            raise VpicUnavailable(502, detail, cause=f"unusable answer: {error}") from None
+            raise VpicUnavailable(502, detail, cause=f"unusable answer: {error}", maybe_vin=True) from None
 
-    def _request(self, vins: Sequence[str]) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    def _request(self, questions: Sequence[Question]) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         # A redirect would leave the address that the operator chose; it is a failure like any other status.
-        if len(vins) == 1:
-            url = f"{self._url}/vehicles/DecodeVinValues/{vins[0]}"
-            return self._session.get(url, params={"format": "json"}, allow_redirects=False)
+        if len(questions) == 1:
+            url = f"{self._url}/vehicles/DecodeVinValues/{vin_of(questions[0])}"
+            query = {"format": "json"}
+            if model_year := model_year_of(questions[0]):
+                query["modelyear"] = model_year
+            return self._session.get(url, params=query, allow_redirects=False)
         # With the format in the URL only, vPIC answers in XML.
-        form = {"format": "json", "data": ";".join(vins)}
+        form = {"format": "json", "data": ";".join(questions)}
         return self._session.post(f"{self._url}/vehicles/DecodeVINValuesBatch/", data=form, allow_redirects=False)
 
     @staticmethod
@@ -967,6 +1572,7 @@ class Vpic:
             f"vPIC refuses to answer (status {status}); ask again later.",
             cause=f"status {status}" + (f", Retry-After {retry_after}" if wait is not None else ""),
             again=status >= 500 or wait is not None,
+            maybe_vin=status not in (403, 429, 503),
             retry_after=wait,
         )
 
@@ -986,25 +1592,28 @@ async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerT
     try:
         return await send(request)
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise aiohttp.ClientConnectionError(str(error)) from None
+        raise aiohttp.ClientConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 @asynccontextmanager
-async def open_vpic(settings: Settings) -> AsyncIterator[Vpic | None]:
+async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic | None]:
     """vPIC with its session, or None where the settings say offline only."""
     if not settings.vpic_url:
         log.warning("VINCACHE_VPIC_URL is empty: VINs are decoded offline")
         yield None
         return
+    url = urlsplit(settings.vpic_url)
     stamina.instrumentation.set_on_retry_hooks([])  # a failed call has its line already
     async with aiohttp.ClientSession(
         headers={"User-Agent": "vincache/1.0"},
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
         connector=aiohttp.TCPConnector(limit=settings.vpic_concurrency),
-        trust_env=True,  # egress proxies are common
+        cookie_jar=aiohttp.DummyCookieJar(),  # nothing is carried from one call to the next
+        # Egress proxies are common; of trust_env that is all: it would also send what stands in ~/.netrc.
+        proxy=None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme),
         middlewares=[send_once],
     ) as session:
-        yield Vpic(session, settings)
+        yield Vpic(session, rates, settings)
 
 
 # ======================================================================================================================
@@ -1016,231 +1625,480 @@ def offline_installed() -> bool:
     return importlib.util.find_spec("ultravin") is not None
 
 
-def decode_offline(vins: Sequence[str]) -> dict[str, Decoded]:
+def decode_offline(questions: Sequence[Question]) -> dict[Question, Decoded]:
     """Decode without vPIC, some 0.1 ms a VIN; nothing where ultravin is not installed."""
     try:
         import ultravin  # 30 MB that a service with a healthy vPIC never needs
     except ImportError:
         return {}
     found = {}
-    for vin in vins:
-        elements = {element["code"]: element["value"] for element in ultravin.decode(vin, full=True)["elements"]}
-        found[vin] = translate({key: elements.get(key, "") for key in VPIC_KEYS.values()} | {"VIN": vin})
+    for question in questions:
+        vin, year = vin_of(question), model_year_of(question)
+        elements = ultravin.decode(vin, year=int(year) if year else None, full=True)["elements"]
+        flat = dict.fromkeys(VPIC_KEYS.values(), "") | {element["code"]: element["value"] for element in elements}
+        found[question] = translate(flat | {"VIN": vin})
     return found
 
 
 # ======================================================================================================================
-# Lookup: the walk of a VIN through the rooms above. Whatever vPIC does, it ends in an answer, or in one clear error.
+# Lookup: the walk of a question through the rooms above. Whatever vPIC does, it ends in an answer, or in one clear
+# error. First the counter, which does no I/O: who is asked next of those who wait for one of vPIC's places.
 # ======================================================================================================================
 
-Landing = Answer | VpicUnavailable
+
+class Found(NamedTuple):
+    """What a question came to: a record, and how it was come by (hit, vpic, stale, offline)."""
+
+    record: Record
+    outcome: str
+
+    def answer(self, details: bool) -> Answer:
+        return self.record.answer(self.outcome, details)
+
+
+Landing = Found | VpicUnavailable
+
+
+class Ticket:
+    """A question that is to be asked, shared by all who wait for its answer."""
+
+    def __init__(self, question: Question, details: bool) -> None:
+        self.question = question
+        self.details = details  # somebody wants the attributes: a row without them is no answer
+        self.wanted = 0  # by how many lookups and batches; a refresh is for nobody
+        self.boarded = False  # it no longer waits for a place
+        self.asked = False  # its cached row and its last removal were read, and vPIC is being asked
+        self.removal: int | None = None
+        self.alone = False  # a call for several failed that it was in
+        self.landing: Landing | None = None  # what there is to tell
+        self.told = asyncio.Event()
+        self.done = asyncio.Event()  # it was stored, too, or there is nothing to store
+
+
+Line = dict[Question, Ticket]
+
+
+class Counter:
+    """vPIC's places, and the lines that wait for one: lookups, then the batches in turn, then refreshes.
+
+    A lookup that finds a free place goes alone and at once. Where they wait, they share the next call: how many is the
+    lesser of what deals them all to the places that are free, and of twice what would deal them to all places. So a
+    place that frees alone does not take nearly all of them, and places that free together share them. What no lookup
+    waits for takes half of the places at most."""
+
+    def __init__(self, places: int) -> None:
+        self._places = self._free = places
+        self._for_background = max(1, places // 2)
+        self.lookups: Line = {}
+        self.batches: deque[Line] = deque()
+        self.refreshes: Line = {}
+
+    def leave(self, ticket: Ticket) -> None:
+        """Take a ticket out of all lines."""
+        for line in (self.lookups, self.refreshes, *self.batches):
+            line.pop(ticket.question, None)
+
+    def deal(self) -> Iterator[tuple[list[Ticket], bool]]:
+        """The next calls: who boards each, and whether it is for the background. Each takes a place until `free`."""
+        size = min(
+            VPIC_VINS,
+            math.ceil(len(self.lookups) / max(1, self._free)),
+            2 * math.ceil(len(self.lookups) / self._places),
+        )
+        while self._free and self.lookups:
+            self._free -= 1
+            yield self._board(self.lookups, size), False
+        while self._free and self._for_background and (line := self._next_background()):
+            self._free -= 1
+            self._for_background -= 1
+            yield self._board(line, VPIC_VINS), True
+
+    def free(self, background: bool) -> None:
+        self._free += 1
+        self._for_background += background
+
+    def everybody(self) -> list[Ticket]:
+        """All who wait, with no place for any of them."""
+        tickets = {ticket for line in (self.lookups, self.refreshes, *self.batches) for ticket in line.values()}
+        for ticket in tickets:
+            self.leave(ticket)
+            ticket.boarded = True
+        return list(tickets)
+
+    def _next_background(self) -> Line | None:
+        for _ in range(len(self.batches)):
+            self.batches.rotate(-1)
+            if self.batches[-1]:
+                return self.batches[-1]
+        return self.refreshes or None
+
+    def _board(self, line: Line, size: int) -> list[Ticket]:
+        boarding: list[Ticket] = []
+        vins: set[str] = set()
+        for ticket in line.values():
+            if ticket.alone and boarding:
+                continue
+            if vin_of(ticket.question) not in vins:  # the answer would not say which year it is for
+                boarding.append(ticket)
+                vins.add(vin_of(ticket.question))
+            if ticket.alone or len(boarding) == size:
+                break
+        for ticket in boarding:
+            self.leave(ticket)
+            ticket.boarded = True
+        return boarding
+
 
 CHUNK = 100  # lines of a batch at once: a single hit waits no longer than these take
-
-
-class Flight(NamedTuple):
-    """A fetching under way: what it will say of each of its VINs, and when it gives up on vPIC (loop time)."""
-
-    task: asyncio.Task[dict[str, Landing]]
-    deadline: float
+AHEAD = 500  # lines of a batch that are looked up before the first of them is told
+REFRESHES = 10_000  # that wait at most; a hit on a row beyond them will ask again
 
 
 class Lookups:
-    """Every lookup goes through here; use as `async with`, which ends the flights under way at exit."""
+    """Every lookup goes through here; use as `async with`, which ends what is under way at exit."""
 
     def __init__(self, cache: Cache, vpic: Vpic | None, settings: Settings) -> None:
         self._cache = cache
         self._vpic = vpic
         self._settings = settings
-        self._flights: dict[str, Flight] = {}
-        self._batch_places = asyncio.Semaphore(self._half)
-
-    @property
-    def _half(self) -> int:
-        # What batches leave free of vPIC's places is for single lookups.
-        return max(1, self._settings.vpic_concurrency // 2)
+        self._counter = Counter(settings.vpic_concurrency)
+        self._tickets: dict[Question, Ticket] = {}  # that have not landed yet
+        self._late: dict[Question, Ticket] = {}  # of those who could not wait for theirs to land
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._dealing: asyncio.Handle | None = None
 
     async def __aenter__(self) -> "Lookups":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = {flight.task for flight in self._flights.values()}
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def hit(self, vin: str) -> Answer | None:
-        """The cached answer, if it is fresh."""
-        if answer := await self._cache.hit(vin):
-            lookups_counter.add(1, {"outcome": "hit"})
-        return answer
+    async def hit(self, question: Question) -> Answer | None:
+        """The cached answer. One that has expired, but not for long, is served too, and asked anew behind it."""
+        cached = await self._cache.hit(question)
+        return None if cached is None else self._serve(question, cached)
 
-    async def lookup(self, vin: str) -> Answer:
-        """The answer for one VIN, within `vpic_timeout`. Raises VpicUnavailable if there is none to be had."""
-        if answer := await self.hit(vin):
-            return answer
-        landing = await self._land(vin)
-        self._count(landing)
-        if isinstance(landing, VpicUnavailable):
-            raise landing.about(vin)
-        return landing
+    def _serve(self, question: Question, cached: Cached) -> Answer:
+        outcome = "hit" if cached.fresh else "stale"
+        if not cached.fresh:
+            self._refresh(question)
+        lookups_counter.add(1, {"outcome": outcome})
+        return Answer(cached.status, cached.body, outcome)
 
-    async def _land(self, vin: str) -> Landing:
+    async def lookup(self, question: Question, details: bool = False) -> Answer:
+        """The answer to one question, within `vpic_timeout`. Raises VpicUnavailable if there is none to be had."""
         deadline = asyncio.get_running_loop().time() + self._settings.vpic_timeout
-        flight = self._flights.get(vin) or self._take_off([vin], deadline)
-        try:
-            # Only a batch's flight may take longer than this lookup has; any other ends in time by itself.
-            async with asyncio.timeout_at(deadline if flight.deadline > deadline else None):
-                return (await asyncio.shield(flight.task))[vin]
-        except TimeoutError:
-            late = VpicUnavailable(504, "vPIC did not answer in time; ask again later.")
-            return (await self._fall_back([vin], await self._cache.records([vin]), late))[vin]
+        if details:
+            cached = (await self._cache.answers([question], details)).get(question)
+            if cached is not None:
+                return self._serve(question, cached)
+        elif answer := await self.hit(question):
+            return answer
+        ticket = await self._join(question, details)
+        landing = await self._wait(ticket, deadline)
+        count(landing)
+        if isinstance(landing, VpicUnavailable):
+            raise landing.about(vin_of(question))
+        return landing.answer(details)
 
-    def _take_off(self, vins: Sequence[str], deadline: float) -> Flight:
-        """Start the one flight of these VINs. Nobody who leaves can cancel it."""
-        task = asyncio.create_task(self._fly(vins, deadline))
-        flight = Flight(task, deadline)
-        self._flights |= dict.fromkeys(vins, flight)
+    # -- Standing in line ----------------------------------------------------------------------------------------------
 
-        def landed(task: asyncio.Task[dict[str, Landing]]) -> None:
-            for vin in vins:
-                del self._flights[vin]
-            if not task.cancelled() and (bug := task.exception()):
-                log.error("lookup failed: %s", vins[0], exc_info=bug)
+    async def _join(self, question: Question, details: bool, line: Line | None = None) -> Ticket:
+        """The ticket of this question that is under way, or a new one that stands in line for a place."""
+        ticket = self._tickets.get(question)
+        if ticket and ticket.asked and ticket.removal != await self._cache.removal(question):
+            ticket = None  # what it is told was removed since
+        if ticket is None:
+            ticket = self._tickets[question] = Ticket(question, details)
+        ticket.details |= details
+        if not ticket.boarded:
+            (self._counter.lookups if line is None else line)[question] = ticket
+            self._wake()
+        ticket.wanted += 1
+        return ticket
 
-        task.add_done_callback(landed)
-        return flight
+    def _leave(self, ticket: Ticket) -> None:
+        """Who has joined leaves, with or without an answer; what nobody wants any more is not asked."""
+        ticket.wanted -= 1
+        if not ticket.wanted and not ticket.boarded:
+            self._counter.leave(ticket)
+            self._forget(ticket)
 
-    async def _fly(self, vins: Sequence[str], deadline: float) -> dict[str, Landing]:
-        """Fetch the VINs: from vPIC, else as `_fall_back` can. What is new is stored."""
-        # Once more the cache: the flight before this one may have landed since the caller looked.
-        records = await self._cache.records(vins)
-        fresh = {vin: record for vin, record in records.items() if record.expires_at > time.time()}
-        landings: dict[str, Landing] = {vin: record.answer("hit") for vin, record in fresh.items()}
-        if wanted := [vin for vin in vins if vin not in landings]:
-            failure = VpicUnavailable(502, "vPIC's answer does not describe this VIN; ask again later.")
-            decoded: dict[str, Decoded] = {}
+    def _forget(self, ticket: Ticket) -> None:
+        for tickets in (self._tickets, self._late):
+            if tickets.get(ticket.question) is ticket:
+                del tickets[ticket.question]
+
+    async def _wait(self, ticket: Ticket, deadline: float) -> Landing:
+        """What the ticket comes to, at `deadline` (loop time) at the latest; then without vPIC's word, if need be."""
+        with suppress(TimeoutError):
             try:
-                decoded = await self._ask(wanted, deadline)
-            except VpicUnavailable as error:
-                failure = error
-            landings |= await self._keep(decoded, "vpic")
-            if missing := [vin for vin in wanted if vin not in landings]:
-                landings |= await self._fall_back(missing, records, failure)
-        return landings
+                async with asyncio.timeout_at(deadline):
+                    await ticket.done.wait()
+            finally:
+                self._leave(ticket)
+        if ticket.landing is None:  # others may wait for it still
+            ticket = self._in_its_place(ticket)
+            await ticket.told.wait()  # to store it may take longer
+        return cast(Landing, ticket.landing)
 
-    async def _ask(self, vins: Sequence[str], deadline: float) -> dict[str, Decoded]:
+    def _in_its_place(self, ticket: Ticket) -> Ticket:
+        """For all who can't wait any longer for a ticket, one that lands without vPIC."""
+        late = self._late.get(ticket.question)
+        if late is None:
+            if ticket.boarded:
+                failure = VpicUnavailable(504, "vPIC did not answer in time; ask again later.")
+            else:
+                failure = VpicUnavailable(503, "Too many VINs are waiting for vPIC; ask again later.", retry_after=1)
+            late = self._late[ticket.question] = Ticket(ticket.question, ticket.details)
+            self._run(self._fall_back([late], failure))
+        return late
+
+    def _refresh(self, question: Question) -> None:
+        """Ask anew, for nobody, when nobody waits."""
+        if question not in self._tickets and len(self._counter.refreshes) < REFRESHES:
+            ticket = self._tickets[question] = self._counter.refreshes[question] = Ticket(question, details=False)
+            ticket.wanted = 1  # by itself: it stays in line, whoever else joins and leaves
+            self._wake()
+
+    # -- Being asked ---------------------------------------------------------------------------------------------------
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it behind those who wait for it: nobody who leaves can cancel it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ran)
+
+    def _ran(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (bug := task.exception()):
+            log.error("lookup failed", exc_info=bug)
+
+    def _wake(self) -> None:
+        """Deal the free places, once those who come or go in this turn of the loop have done so."""
+        if self._dealing is None:
+            self._dealing = asyncio.get_running_loop().call_soon(self._deal)
+
+    def _deal(self) -> None:
+        self._dealing = None
+        if refusal := self._refusal():
+            if tickets := self._counter.everybody():
+                self._run(self._refuse(tickets, refusal))
+            return
+        for tickets, background in self._counter.deal():
+            self._run(self._fly(tickets, background))
+
+    def _refusal(self) -> VpicUnavailable | None:
         if self._vpic is None:
-            raise VpicUnavailable(503, "vPIC is switched off, and the offline data does not serve.")
-        return await self._vpic.decode(vins, deadline)
+            return VpicUnavailable(503, "vPIC is switched off, and the offline data does not serve.")
+        return self._vpic.breaker.refusal()
 
-    async def _keep(self, decoded: dict[str, Decoded], source: Literal["vpic", "offline"]) -> dict[str, Landing]:
-        """Store what was decoded, and make answers of it."""
-        now = time.time()
-        records = {}
-        for vin, words in decoded.items():
-            life = self._settings.ttl if words.decodable else self._settings.invalid_ttl
-            life = life if source == "vpic" else self._settings.offline_ttl
-            records[vin] = Record(*words, source, words.decodable, int(now), math.ceil(now + life))
-        if records:
-            await self._cache.store(records.values())
-        return {vin: record.answer(source) for vin, record in records.items()}
+    async def _refuse(self, tickets: list[Ticket], refusal: VpicUnavailable) -> None:
+        rest, records = await self._look_again(tickets)
+        await self._fall_back(rest, refusal, records)
 
-    async def _fall_back(
-        self, vins: Sequence[str], records: dict[str, Record], failure: VpicUnavailable
-    ) -> dict[str, Landing]:
-        """Answer without vPIC: with the expired row, else offline, else with the failure."""
-        # Where there is no vPIC to wait for, an expired offline row is decoded anew: the package may be newer.
-        stale = {
-            vin: record
-            for vin, record in records.items()
-            if vin in vins and (self._vpic is not None or record.source == "vpic")
-        }
-        if stale:
-            await self._cache.extend(list(stale), math.ceil(time.time() + self._settings.stale_ttl))
-        landings: dict[str, Landing] = {vin: record.answer("stale") for vin, record in stale.items()}
-        rest = [vin for vin in vins if vin not in stale]
-        if rest and self._settings.offline:
-            landings |= await self._keep(await asyncio.to_thread(decode_offline, rest), "offline")
-        return dict.fromkeys(rest, failure) | landings
+    async def _fly(self, tickets: list[Ticket], background: bool) -> None:
+        """Ask vPIC; its place is free again before anything is stored."""
+        failure = VpicUnavailable(502, "vPIC's answer does not describe this VIN; ask again later.")
+        decoded: dict[Question, Decoded] = {}
+        rest, records = tickets, dict[Question, Record]()
+        try:
+            rest, records = await self._look_again(tickets)
+            if rest:
+                patience = self._settings.vpic_timeout if len(rest) == 1 else self._settings.vpic_batch_timeout
+                deadline = asyncio.get_running_loop().time() + patience
+                decoded = await cast(Vpic, self._vpic).decode([ticket.question for ticket in rest], deadline)
+        except VpicUnavailable as error:
+            failure = error
+        finally:
+            self._counter.free(background)
+            self._wake()
+        await self._land([ticket for ticket in rest if ticket.question in decoded], decoded, "vpic")
+        unknown = []
+        for ticket in rest:
+            if not ticket.wanted and ticket.question not in decoded:
+                self._forget(ticket)
+            elif ticket.question not in decoded and failure.maybe_vin and len(rest) > 1:
+                self._go_alone(ticket, background)
+            elif ticket.question not in decoded:
+                unknown.append(ticket)
+        await self._fall_back(unknown, failure, records)
+
+    def _go_alone(self, ticket: Ticket, background: bool) -> None:
+        """One VIN may have failed a whole call: each of them goes on by itself."""
+        ticket.alone, ticket.boarded, ticket.asked = True, False, False
+        (self._counter.refreshes if background else self._counter.lookups)[ticket.question] = ticket
+        self._wake()
+
+    async def _look_again(self, tickets: list[Ticket]) -> tuple[list[Ticket], dict[Question, Record]]:
+        """Tell those whose answer was stored since they looked; the others, and the rows that there are."""
+        records, removals = await self._cache.records([ticket.question for ticket in tickets])
+        now, rest = time.time(), []
+        for ticket in tickets:
+            ticket.removal, ticket.asked = removals.get(ticket.question), True
+            record = records.get(ticket.question)
+            if record and record.expires_at > now and (record.attributes or not ticket.details):
+                self._tell(ticket, Found(record, "hit"))
+                self._end(ticket)
+            else:
+                rest.append(ticket)
+        return rest, records
+
+    # -- Landing -------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _count(landing: Landing) -> None:
-        outcome = "failed" if isinstance(landing, VpicUnavailable) else landing.outcome
-        lookups_counter.add(1, {"outcome": outcome})
+    def _tell(ticket: Ticket, landing: Landing) -> None:
+        ticket.landing = landing
+        ticket.told.set()
 
-    async def batch(self, given: Sequence[str]) -> AsyncIterator[str]:
-        """The lines for `given`, in its order, some at a time, as soon as each can be told."""
-        lines: dict[str, str] = {}  # by VIN as given
-        missing: dict[str, str] = {}  # normal VIN, by VIN as given
-        told = 0
-        for start in range(0, len(given), CHUNK):
-            some = given[start : start + CHUNK]
-            await self._tell_cached(some, lines, missing)
-            if not missing:
-                yield join(map(lines.__getitem__, some))
-                told = start + len(some)
-        groups = self._group(list(dict.fromkeys(missing.values())))
-        try:
-            ready: list[str] = []
-            for raw in given[told:]:
-                if raw not in lines:
-                    if ready:
-                        yield join(ready)
-                        ready = []
-                    vin = missing[raw]
-                    # Shielded: a leaving caller would cancel this group first, and so let the next one take off.
-                    lines[raw] = tell(vin, (await asyncio.shield(groups[vin]))[vin])
-                ready.append(lines[raw])
-                if len(ready) == CHUNK:
-                    yield join(ready)
-                    ready = []
-            if ready:
-                yield join(ready)
-        finally:
-            for group in groups.values():  # the caller may have left; a flight under way lands and is cached
-                group.cancel()
+    def _end(self, ticket: Ticket) -> None:
+        ticket.done.set()
+        self._forget(ticket)
 
-    async def _tell_cached(self, some: Sequence[str], lines: dict[str, str], missing: dict[str, str]) -> None:
-        """Add to `lines` what needs no vPIC, and to `missing` the rest."""
-        new = [raw for raw in some if raw not in lines and raw not in missing]
-        fresh = await self._cache.lines(new)  # as given, for what is cached is normal: most need no more than this
-        lines |= fresh
-        odd = {}
-        for raw in new:
-            if raw not in lines:
-                try:
-                    odd[raw] = normalize_vin(raw)
-                except PydanticCustomError as error:
-                    lines[raw] = compact({"vin": raw, "status": 422, "detail": error.message()})
-        cached = await self._cache.lines(list(odd.values())) if odd else {}
-        for raw, vin in odd.items():
-            if vin in cached:
-                lines[raw] = cached[vin]
+    async def _land(
+        self, tickets: list[Ticket], decoded: dict[Question, Decoded], source: Literal["vpic", "offline"]
+    ) -> None:
+        """Make records of what was decoded, store them, and let those who wait go."""
+        records = []
+        for ticket in tickets:
+            record = self._record(ticket.question, decoded[ticket.question], source)
+            self._tell(ticket, Found(record, source))
+            kept = record if self._settings.attributes else record._replace(attributes=None)
+            records.append((kept, ticket.removal))
+        if records:
+            await self._cache.store(records)
+        for ticket in tickets:
+            self._end(ticket)
+
+    def _record(self, question: Question, words: Decoded, source: Literal["vpic", "offline"]) -> Record:
+        now = time.time()
+        if source == "offline":
+            life = self._settings.offline_ttl
+        else:
+            life = self._settings.ttl if words.decodable else self._settings.invalid_ttl
+            # By the VIN up to a tenth less: what was fetched in one minute does not end in one minute.
+            life *= 1 - zlib.crc32(question.encode()) / 2**32 / 10
+        return Record(
+            **words._asdict(),
+            model_year_asked=model_year_of(question),
+            source=source,
+            decoded=words.decodable,
+            fetched_at=int(now),
+            expires_at=math.ceil(now + life),
+        )
+
+    async def _fall_back(
+        self, tickets: list[Ticket], failure: VpicUnavailable, records: dict[Question, Record] | None = None
+    ) -> None:
+        """Answer without vPIC: with the expired row, else offline, else with the failure."""
+        if records is None:
+            records, removals = await self._cache.records([ticket.question for ticket in tickets])
+            for ticket in tickets:
+                ticket.removal = removals.get(ticket.question)
+        stale, rest = [], []
+        for ticket in tickets:
+            record = records.get(ticket.question)
+            # Where there is no vPIC to wait for, an expired offline row is decoded anew: the package may be newer.
+            if record and (self._vpic is not None or record.source == "vpic"):
+                self._tell(ticket, Found(record, "stale"))
+                stale.append(ticket)
             else:
-                missing[raw] = vin
-        lookups_counter.add(len(fresh) + len(cached), {"outcome": "hit"})
+                rest.append(ticket)
+        decoded: dict[Question, Decoded] = {}
+        if rest and self._settings.offline:
+            decoded = await asyncio.to_thread(decode_offline, [ticket.question for ticket in rest])
+        # A stand-in never says no: where there is a vPIC, only its own word is a verdict.
+        known = [t for t in rest if t.question in decoded and (decoded[t.question].decodable or self._vpic is None)]
+        for ticket in rest:
+            if ticket not in known:
+                self._tell(ticket, failure)
+                self._end(ticket)
+        await self._land(known, decoded, "offline")
+        if stale:
+            until = math.ceil(time.time() + self._settings.stale_ttl)
+            await self._cache.extend([ticket.question for ticket in stale], until)
+            for ticket in stale:
+                self._end(ticket)
 
-    def _group(self, vins: Sequence[str]) -> dict[str, asyncio.Task[dict[str, Landing]]]:
-        """A task for every 50 VINs, by VIN; they take off in turn."""
-        # This batch queues up with no more than it may have under way, so that the next batch is not kept waiting.
-        places = asyncio.Semaphore(self._half)
-        groups = {}
-        for start in range(0, len(vins), VPIC_VINS):
-            some = vins[start : start + VPIC_VINS]
-            groups |= dict.fromkeys(some, asyncio.create_task(self._land_group(some, places)))
-        return groups
+    # -- Batches -------------------------------------------------------------------------------------------------------
 
-    async def _land_group(self, vins: Sequence[str], places: asyncio.Semaphore) -> dict[str, Landing]:
-        async with places, self._batch_places:
-            own = [vin for vin in vins if vin not in self._flights]
-            if own:
-                self._take_off(own, asyncio.get_running_loop().time() + self._settings.vpic_batch_timeout)
-            flights = {vin: self._flights[vin] for vin in vins}
-            landings = {vin: (await asyncio.shield(flight.task))[vin] for vin, flight in flights.items()}
-        for landing in landings.values():
-            self._count(landing)
-        return landings
+    async def batch(self, items: Sequence[str | BatchItem], details: bool) -> AsyncIterator[str]:
+        """The lines for the items, in their order, some at a time, as soon as each can be told."""
+        line: Line = {}  # where this batch's questions wait for a place
+        ahead: deque[str | Ticket] = deque()
+        self._counter.batches.append(line)
+        try:
+            for start in range(0, len(items), CHUNK):
+                ahead += await self._look_up(items[start : start + CHUNK], details, line)
+                while ahead and (is_known(ahead[0]) or len(ahead) > AHEAD):
+                    yield await self._next_lines(ahead, details)
+            while ahead:
+                yield await self._next_lines(ahead, details)
+        finally:
+            self._counter.batches.remove(line)
+            for ticket in ahead:
+                if isinstance(ticket, Ticket):
+                    self._leave(ticket)
+
+    async def _next_lines(self, ahead: "deque[str | Ticket]", details: bool) -> str:
+        """Up to a chunk of lines from the left; waits for the first of them if need be."""
+        if isinstance(ahead[0], Ticket):
+            await ahead[0].done.wait()
+        lines: list[str] = []
+        while ahead and len(lines) < CHUNK and is_known(ahead[0]):
+            ticket = ahead.popleft()
+            if isinstance(ticket, Ticket):
+                self._leave(ticket)
+                landing = cast(Landing, ticket.landing)
+                count(landing)
+                ticket = tell(ticket.question, landing, details)
+            lines.append(ticket)
+        return join(lines)
+
+    async def _look_up(self, items: Sequence[str | BatchItem], details: bool, line: Line) -> list[str | Ticket]:
+        """For each item its line, if it can be told, or else its ticket."""
+        # First as given, for what is cached is normal: most need no more than this.
+        given = [item if isinstance(item, str) else "" for item in items]
+        cached = await self._cache.answers(given, details)
+        odd: dict[int, Question] = {}
+        found: list[str | Ticket] = [""] * len(items)
+        for index, item in enumerate(items):
+            if given[index] not in cached:
+                try:
+                    odd[index] = question_of(item)
+                except PydanticCustomError as error:
+                    vin = item if isinstance(item, str) else item.vin
+                    found[index] = compact({"vin": vin, "status": 422, "detail": error.message()})
+        if odd:
+            cached |= await self._cache.answers(list({*odd.values()} - cached.keys()), details)
+        for index, vin in enumerate(given):
+            question = odd.get(index, vin)
+            if answer := cached.get(question):
+                found[index] = line_of(self._serve(question, answer))
+            elif index in odd:
+                found[index] = await self._join(question, details, line)
+        return found
+
+
+def question_of(item: str | BatchItem) -> Question:
+    """Raises PydanticCustomError for what is no VIN, or no model year."""
+    if isinstance(item, str):
+        return ask(normalize_vin(item))
+    return ask(normalize_vin(item.vin), str(normalize_model_year(item.model_year)))
+
+
+def is_known(ticket: str | Ticket) -> bool:
+    return isinstance(ticket, str) or ticket.done.is_set()
+
+
+def count(landing: Landing) -> None:
+    if isinstance(landing, VpicUnavailable):
+        outcome = "failed"
+    else:
+        outcome = landing.outcome if landing.record.decoded or landing.outcome != "vpic" else "undecodable"
+    lookups_counter.add(1, {"outcome": outcome})
 
 
 def compact(line: dict[str, Any]) -> str:
@@ -1251,13 +2109,15 @@ def join(lines: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tell(vin: str, landing: Landing) -> str:
-    """The batch line of a landing: the 200 body of a lookup, or its error with the status beside it."""
+def line_of(answer: Answer) -> str:
+    """An answer as a line of a batch: the body of a lookup, with its status beside it if that is not 200."""
+    return answer.body if answer.status == 200 else f'{answer.body[:-1]},"status":{answer.status}}}'
+
+
+def tell(question: Question, landing: Landing, details: bool) -> str:
     if isinstance(landing, VpicUnavailable):
-        return compact({"vin": vin, "status": landing.status_code, "detail": landing.detail})
-    if landing.status == 200:
-        return landing.body
-    return f'{landing.body[:-1]},"status":{landing.status}}}'
+        return compact({"vin": vin_of(question), "status": landing.status_code, "detail": landing.detail})
+    return line_of(landing.answer(details))
 
 
 # ======================================================================================================================
@@ -1376,9 +2236,11 @@ class Exporter:
             self._queued = None  # whoever comes from here on may have stored what this snapshot will lack
             try:
                 return await self._build()
-            except (OSError, EOFError, NotImplementedError, sqlite3.DatabaseError) as error:
+            except (OSError, EOFError, NotImplementedError, StoreFault, sqlite3.DatabaseError) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
-                if not isinstance(error, sqlite3.DatabaseError):  # of the process nothing more can be expected
+                if not isinstance(
+                    error, StoreFault | sqlite3.DatabaseError
+                ):  # of the process nothing more can be expected
                     await self._stop()
                 elif "malformed" in str(error) or "not a database" in str(error):
                     await self._cache.doubt(str(error))
@@ -1388,7 +2250,7 @@ class Exporter:
         """The file, as the exporting process writes it.
 
         Raises sqlite3.DatabaseError with what that process says of the database, and OSError (TimeoutError is one),
-        EOFError or NotImplementedError if it says nothing at all."""
+        EOFError or NotImplementedError if it says nothing at all; StoreFault if there is nothing to read."""
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -1400,17 +2262,20 @@ class Exporter:
             )
         orders = cast(asyncio.StreamWriter, self._process.stdin)
         frames = cast(asyncio.StreamReader, self._process.stdout)
-        order = {"database": f"{self._cache.path.as_uri()}?mode=ro", "query": SNAPSHOT}
-        orders.write(f"{json.dumps(order)}\n".encode())
         file = open_memory()
         try:
-            while piece := await self._receive(frames):
-                os.write(file, piece)
-            if fault := await self._receive(frames):
-                raise sqlite3.DatabaseError(fault.decode())
-            return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+            async with self._cache.copy() as database:
+                orders.write(f"{json.dumps({'database': database, 'query': SNAPSHOT})}\n".encode())
+                return await self._receive_file(frames, file)
         finally:
             os.close(file)
+
+    async def _receive_file(self, frames: asyncio.StreamReader, file: int) -> mmap.mmap:
+        while piece := await self._receive(frames):
+            os.write(file, piece)
+        if fault := await self._receive(frames):
+            raise sqlite3.DatabaseError(fault.decode())
+        return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
 
     @staticmethod
     async def _receive(frames: asyncio.StreamReader) -> bytes:
@@ -1447,8 +2312,6 @@ async def pieces(parquet: mmap.mmap) -> AsyncIterator[bytes]:
 
 Tag = Literal["lookup", "remove", "export"]  # what a request is about: the first part of its path
 
-STORAGE_TIMEOUT = 1.0  # seconds; a storage that hangs is down, too
-
 BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
 
 API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="Needed where the operator has set a key")
@@ -1457,7 +2320,8 @@ API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="Needed w
 class Doors:
     """The key and the limits, by what a request is about."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, rates: Rates) -> None:
+        self._rates = rates
         self._keys = [key.encode() for key in settings.api_keys]
         self._locked: set[Tag] = set()
         if self._keys:
@@ -1466,15 +2330,6 @@ class Doors:
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
         self._limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
-        try:
-            # Of the clients that limits knows, redis needs nothing else; coredis holds back the versions of others.
-            storage = storage_from_string(settings.rate_storage, wrap_exceptions=True, implementation="redispy")
-        except (limits.errors.ConfigurationError, ValueError) as error:
-            raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
-        if not isinstance(storage, Storage):
-            raise StartupError("bad settings: VINCACHE_RATE_STORAGE: needs to begin with async+")
-        self._counts = FixedWindowRateLimiter(storage)
-        self._counting = True
 
     async def enter(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
@@ -1483,32 +2338,28 @@ class Doors:
             # All are compared, as bytes and in constant time: the time taken tells nothing.
             if not any([hmac.compare_digest(given, key) for key in self._keys]):
                 raise API_KEY.make_not_authenticated_error()
-        await self.count(scope, tag)
+        await self.count(scope, tag, 1)
 
-    async def count(self, scope: Scope, tag: Tag, cost: int = 1) -> None:
-        """Raises TooManyRequests if that is more than the client has left of its share; then it does not count.
+    async def count(self, scope: Scope, tag: Tag, cost: int) -> None:
+        """Raises TooManyRequests if that is more than the client has left of its share; then it does not count."""
+        if cost > 0 and (limit := self._limits.get(tag)) is not None:
+            client, _ = scope["client"] or ("unknown", 0)
+            if wait := await self._rates.client(limit, tag, network(client), cost):
+                raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
 
-        The client is known by the address that uvicorn reports."""
-        if (limit := self._limits.get(tag)) is None or cost == 0:
-            return
-        if cost >= limit.amount > 1:
-            raise TooManyRequests(f"The limit is {limit}: so many at once are more than it ever allows; send fewer.")
-        client, _ = scope["client"] or ("unknown", 0)
-        try:
-            async with asyncio.timeout(STORAGE_TIMEOUT):
-                # First a look: what is refused must not count. Then the count decides: others may have come between.
-                allowed = await self._counts.test(limit, tag, client, cost=cost)
-                if allowed:
-                    allowed = await self._counts.hit(limit, tag, client, cost=cost)
-                reset_time = 0 if allowed else (await self._counts.get_window_stats(limit, tag, client)).reset_time
-        except (limits.errors.StorageError, TimeoutError) as error:
-            if self._counting:
-                log.warning("VINCACHE_RATE_STORAGE fails (%s): clients are not counted", str(error) or "no answer")
-            self._counting = False
-            return
-        self._counting = True
-        if not allowed:
-            raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=reset_time - time.time())
+    def check_size(self, tag: Tag, cost: int) -> None:
+        """Raises a 422 if so much at once is more than the client's limit ever allows: to wait would not help."""
+        if (limit := self._limits.get(tag)) is not None and cost > limit.amount:
+            raise invalid("too_long", ("body", "vins"), f"The limit is {limit}: {cost} at once never fit; send fewer")
+
+
+def network(client: str) -> str:
+    """Whom a client's address stands for: an IPv6 user has 2**64 of them."""
+    with suppress(ValueError):
+        address = ipaddress.ip_address(client)
+        if address.version == 6:
+            return str(ipaddress.ip_network((address, 64), strict=False))
+    return client
 
 
 def bounded(scope: Scope, receive: Receive) -> Receive:
@@ -1546,18 +2397,6 @@ class State(TypedDict):
 
 
 @asynccontextmanager
-async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `work` beside the body."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
-@asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[State]:
     """Open the service. Raises StartupError, whose sentence is then the log's last word."""
     try:
@@ -1566,14 +2405,15 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             raise StartupError("bad settings: VINCACHE_VPIC_URL is empty and the package ultravin is not installed")
         open_log(settings.log)
         log.info("settings: %s", settings)
-        doors = Doors(settings)
         async with (
-            Cache(settings.database, settings.busy_timeout) as cache,
-            open_vpic(settings) as vpic,
-            Lookups(cache, vpic, settings) as lookups,
+            Rates(settings.rate_storage, settings.vpic_rate) as rates,
+            FileStore(settings.database, settings.busy_timeout) as store,
+            open_vpic(settings, rates) as vpic,
+            Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
             Exporter(cache) as exporter,
             background(cache.sweep(settings.keep_expired)),
         ):
+            doors = Doors(settings, rates)
             # What is there now stays: the collector need not look through it again at every few requests.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
@@ -1676,25 +2516,49 @@ FILE_SENT: Told = {
 by_key = Security(API_KEY)  # for /docs only: the door has checked it
 
 
-async def single_vin(request: Request) -> None:
-    """Raises a 422 if the query has `vin` more than once: the last would win, a cache before us may go by the first."""
-    if len(request.query_params.getlist("vin")) > 1:
-        raise RequestValidationError([{"type": "repeated", "loc": ("query", "vin"), "msg": "Give vin only once"}])
+def queried(*known: str) -> Any:
+    """A check of the query: a 422 for a parameter that is not known, and for one that is given more than once: the last
+    would win, a cache before us may go by the first."""
+
+    async def check(request: Request) -> None:
+        given = request.query_params
+        try:
+            refuse_unknown(given.keys(), known, "parameter")
+        except PydanticCustomError as error:
+            raise invalid(error.type, ("query",), error.message()) from None
+        for name in given:
+            if len(given.getlist(name)) > 1:
+                raise invalid("repeated", ("query", name), f"Give {name} only once")
+
+    return Depends(check)
+
+
+Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 
 @app.get(
-    "/lookup", tags=["lookup"], response_model=Vehicle, responses=LOOKUP, dependencies=[by_key, Depends(single_vin)]
+    "/lookup",
+    tags=["lookup"],
+    response_model=Vehicle,
+    responses=LOOKUP,
+    dependencies=[by_key, queried("vin", "model_year", "details")],
 )
-@app.get("/lookup/{vin}", tags=["lookup"], response_model=Vehicle, responses=LOOKUP, dependencies=[by_key])
-async def lookup(vin: Vin, request: Request) -> Response:
+@app.get(
+    "/lookup/{vin}",
+    tags=["lookup"],
+    response_model=Vehicle,
+    responses=LOOKUP,
+    dependencies=[by_key, queried("model_year", "details")],
+)
+async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return respond(await request.state.lookups.lookup(vin))
+    return respond(await request.state.lookups.lookup(ask(vin, model_year), details))
 
 
 @app.post("/lookup", tags=["lookup"], response_model=Vehicle, responses=LOOKUP | BODY, dependencies=[by_key])
-async def lookup_posted(body: VinBody, request: Request) -> Response:
+async def lookup_posted(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return respond(await request.state.lookups.lookup(body.vin))
+    return respond(await request.state.lookups.lookup(body.question, body.details))
 
 
 @app.post(
@@ -1708,22 +2572,22 @@ async def lookup_batch(body: BatchBody, request: Request) -> StreamingResponse:
     """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
     limit = request.state.settings.batch_limit
     if len(body.vins) > limit:
-        fault = {"type": "too_long", "loc": ("body", "vins"), "msg": f"At most {limit} VINs at a time"}
-        raise RequestValidationError([fault])
-    # The door has counted one.
-    await request.state.doors.count(request.scope, "lookup", max(0, len(body.vins) - 1))
-    return StreamingResponse(request.state.lookups.batch(body.vins), media_type=JSONL)
+        raise invalid("too_long", ("body", "vins"), f"At most {limit} VINs at a time")
+    doors: Doors = request.state.doors
+    doors.check_size("lookup", len(body.vins))
+    await doors.count(request.scope, "lookup", len(body.vins) - 1)  # one was counted at the door
+    return StreamingResponse(request.state.lookups.batch(body.vins, body.details), media_type=JSONL)
 
 
-@app.delete("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key, Depends(single_vin)])
-@app.delete("/remove/{vin}", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key])
+@app.delete("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key, queried("vin")])
+@app.delete("/remove/{vin}", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key, queried()])
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return Removed(vin=vin, cache_delete_success=await request.state.cache.remove(vin))
 
 
 @app.post("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE | BODY, dependencies=[by_key])
-async def remove_posted(body: VinBody, request: Request) -> Removed:
+async def remove_posted(body: RemoveBody, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return await remove(body.vin, request)
 
@@ -1732,8 +2596,8 @@ async def remove_posted(body: VinBody, request: Request) -> Removed:
     "/export",
     tags=["export"],
     response_class=StreamingResponse,
-    responses=FILE_SENT | KEY | LIMIT | UNAVAILABLE,
-    dependencies=[by_key],
+    responses=FILE_SENT | KEY | LIMIT | VIN | UNAVAILABLE,
+    dependencies=[by_key, queried()],
 )
 async def export(request: Request) -> StreamingResponse:
     """Download the whole cache as one Parquet file: every row, expired and undecodable ones too."""
@@ -1757,7 +2621,7 @@ async def readyz(request: Request, response: Response) -> Readiness:
     cache, vpic = await request.state.cache.check(), request.state.vpic
     response.status_code = 200 if cache == "ok" else 503
     return Readiness(
-        status="ok" if cache == "ok" else "unavailable", cache=cache, vpic=vpic.state if vpic else "offline"
+        status="ok" if cache == "ok" else "unavailable", cache=cache, vpic=vpic.breaker.state if vpic else "offline"
     )
 
 

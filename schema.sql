@@ -7,23 +7,49 @@ PRAGMA synchronous  = NORMAL;   -- with WAL, a killed process loses nothing; a p
 BEGIN IMMEDIATE;                -- several workers may start at once: each waits for its turn
 
 CREATE TABLE IF NOT EXISTS vehicles (
-    vin           TEXT    NOT NULL PRIMARY KEY,  -- 17 characters, A-Z and 0-9
-    make          TEXT    NOT NULL,
-    model         TEXT    NOT NULL,
-    model_year    TEXT    NOT NULL,
-    body_class    TEXT    NOT NULL,
-    error_code    TEXT    NOT NULL,              -- comma-separated, as vPIC gives it
-    error_text    TEXT    NOT NULL,
-    suggested_vin TEXT    NOT NULL,
-    source        TEXT    NOT NULL,              -- vpic | offline
-    decoded       INTEGER NOT NULL,              -- 0: nothing is known of this VIN
-    fetched_at    INTEGER NOT NULL,              -- unix seconds
-    expires_at    INTEGER NOT NULL               -- unix seconds
+    vin                   TEXT    NOT NULL,      -- 17 characters, A-Z and 0-9
+    model_year_asked      TEXT    NOT NULL,      -- part of the question; empty: not given
+    make                  TEXT    NOT NULL,
+    model                 TEXT    NOT NULL,
+    model_year            TEXT    NOT NULL,
+    body_class            TEXT    NOT NULL,
+    error_code            TEXT    NOT NULL,      -- comma-separated, as vPIC gives it
+    error_text            TEXT    NOT NULL,
+    additional_error_text TEXT    NOT NULL,
+    suggested_vin         TEXT    NOT NULL,
+    possible_values       TEXT    NOT NULL,
+    source                TEXT    NOT NULL,      -- vpic | offline
+    decoded               INTEGER NOT NULL,      -- 0: nothing is known of this VIN
+    fetched_at            INTEGER NOT NULL,      -- unix seconds
+    expires_at            INTEGER NOT NULL,      -- unix seconds
+    PRIMARY KEY (vin, model_year_asked)
 ) STRICT, WITHOUT ROWID;
 -- No further index: every statement finds its rows by vin, or reads the table from end to end.
 
+-- What else vPIC said, apart from the row that a hit reads: it is six times as large.
+CREATE TABLE IF NOT EXISTS attributes (
+    vin                   TEXT    NOT NULL,
+    model_year_asked      TEXT    NOT NULL,
+    attributes            TEXT    NOT NULL,      -- a JSON object, under vPIC's own names
+    PRIMARY KEY (vin, model_year_asked)
+) STRICT;
+
+CREATE TRIGGER IF NOT EXISTS attributes_replaced AFTER INSERT ON vehicles BEGIN
+    DELETE FROM attributes WHERE vin = new.vin AND model_year_asked = new.model_year_asked;
+END;
+
+CREATE TRIGGER IF NOT EXISTS attributes_removed AFTER DELETE ON vehicles BEGIN
+    DELETE FROM attributes WHERE vin = old.vin AND model_year_asked = old.model_year_asked;
+END;
+
+-- When a VIN was last removed: what was being fetched at that time is not stored.
+CREATE TABLE IF NOT EXISTS removals (
+    vin                   TEXT    NOT NULL PRIMARY KEY,
+    removed_at            INTEGER NOT NULL       -- unix nanoseconds
+) STRICT, WITHOUT ROWID;
+
 PRAGMA application_id = 0x56494E43;              -- "VINC": this file is ours
-PRAGMA user_version   = 1;                       -- the number of this schema
+PRAGMA user_version   = 2;                       -- the number of this schema
 
 COMMIT;
 
@@ -32,28 +58,36 @@ COMMIT;
 CREATE TEMP VIEW answers AS
 SELECT
     vin,
+    model_year_asked,
+    source,
     expires_at,
     iif(decoded, 200, 404) AS status,
     CASE WHEN decoded THEN json_object(
-        'vin',           vin,
-        'make',          make,
-        'model',         model,
-        'model_year',    model_year,
-        'body_class',    body_class,
-        'cached_result', json('true'),
-        'error_code',    error_code,
-        'error_text',    error_text,
-        'suggested_vin', suggested_vin,
-        'source',        source,
-        'fetched_at',    strftime('%Y-%m-%dT%H:%M:%SZ', fetched_at, 'unixepoch')
+        'vin',                   vin,
+        'make',                  make,
+        'model',                 model,
+        'model_year',            model_year,
+        'body_class',            body_class,
+        'cached_result',         json('true'),
+        'error_code',            error_code,
+        'error_text',            error_text,
+        'additional_error_text', additional_error_text,
+        'suggested_vin',         suggested_vin,
+        'possible_values',       possible_values,
+        'model_year_asked',      model_year_asked,
+        'source',                source,
+        'fetched_at',            strftime('%Y-%m-%dT%H:%M:%SZ', fetched_at, 'unixepoch')
     ) ELSE json_object(
-        'detail',        'This VIN cannot be decoded; error_text says why.',
-        'vin',           vin,
-        'error_code',    error_code,
-        'error_text',    error_text,
-        'suggested_vin', suggested_vin,
-        'cached_result', json('true'),
-        'source',        source,
-        'fetched_at',    strftime('%Y-%m-%dT%H:%M:%SZ', fetched_at, 'unixepoch')
+        'detail',                'This VIN cannot be decoded; error_text says why.',
+        'vin',                   vin,
+        'error_code',            error_code,
+        'error_text',            error_text,
+        'additional_error_text', additional_error_text,
+        'suggested_vin',         suggested_vin,
+        'possible_values',       possible_values,
+        'model_year_asked',      model_year_asked,
+        'cached_result',         json('true'),
+        'source',                source,
+        'fetched_at',            strftime('%Y-%m-%dT%H:%M:%SZ', fetched_at, 'unixepoch')
     ) END AS body
 FROM main.vehicles;
