@@ -763,16 +763,21 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-# Around the tables of schema.sql, in its transaction: a file of schema 1 keeps its rows, and a process killed in the
-# midst of it leaves it as it was.
-MIGRATE = "ALTER TABLE vehicles RENAME TO vehicles_1"
-MIGRATED = """
-INSERT INTO vehicles
-SELECT vin, '', make, model, model_year, body_class, error_code, error_text, '', suggested_vin, '', source,
-       decoded, fetched_at, expires_at
-FROM vehicles_1;
-DROP TABLE vehicles_1;
-"""
+# By the schema that a file has, what goes before and behind the tables of schema.sql, in their transaction: a process
+# killed in the midst of it leaves the file as it was.
+MIGRATE = {
+    0: ("DROP TABLE IF EXISTS vehicles", ""),
+    1: (
+        "ALTER TABLE vehicles RENAME TO vehicles_1",
+        """
+        INSERT INTO vehicles
+        SELECT vin, '', make, model, model_year, body_class, error_code, error_text, '', suggested_vin, '', source,
+               decoded, fetched_at, expires_at
+        FROM vehicles_1;
+        DROP TABLE vehicles_1;
+        """,
+    ),
+}
 
 # CROSS JOIN makes SQLite go through the questions asked and look each up, never the other way round. What expired no
 # longer ago than the grace is an answer too, but not a fresh one; of a stand-in's word it is none.
@@ -1141,11 +1146,14 @@ def prepare(path: Path, patience: float) -> None:
     if version > SCHEMA_VERSION:
         raise StartupError(f"VINCACHE_DATABASE: {path} was made by a newer vincache (schema {version})")
     script = schema()
-    if application == APPLICATION_ID and version == 1:
-        log.warning("cache of schema 1: %s is brought to schema %d", path, SCHEMA_VERSION)
-        before, _, rest = script.partition(TABLES_BEGIN)
-        tables, _, after = rest.partition(TABLES_END)
-        script = f"{before}{TABLES_BEGIN}{MIGRATE};{tables}{MIGRATED}{TABLES_END}{after}"
+    if application == APPLICATION_ID and version < SCHEMA_VERSION:
+        log.warning(
+            "cache %s: %s has schema %d, not %d", "migrated" if version else "rebuilt", path, version, SCHEMA_VERSION
+        )
+        before, begin, rest = script.partition(TABLES_BEGIN)
+        tables, end, after = rest.partition(TABLES_END)
+        old, new = MIGRATE[version]
+        script = f"{before}{begin}{old};{tables}{new}{end}{after}"
     with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as file:
         file.executescript(script)
 
@@ -1415,9 +1423,13 @@ class Breaker:
         breaker_gauge.set(0)
 
     @property
+    def closed(self) -> bool:
+        return self._open_until is None
+
+    @property
     def state(self) -> str:
         """`ok`, or since when vPIC is left alone."""
-        return "ok" if self._open_until is None else f"open since {utc(self._open_since)}"
+        return "ok" if self.closed else f"open since {utc(self._open_since)}"
 
     def refusal(self) -> VpicUnavailable | None:
         """The error for a call that is not to be made now, or None."""
@@ -1698,12 +1710,12 @@ class Counter:
         for line in (self.lookups, self.refreshes, *self.batches):
             line.pop(ticket.question, None)
 
-    def deal(self) -> Iterator[tuple[list[Ticket], bool]]:
-        """The next calls: who boards each, and whether it is for the background. Each takes a place until `free`."""
+    def deal(self, most: int) -> Iterator[tuple[list[Ticket], bool]]:
+        """The next calls, of `most` tickets at the most: who boards each, and whether it is for the background.
+
+        Each takes a place until it is freed."""
         size = min(
-            VPIC_VINS,
-            math.ceil(len(self.lookups) / max(1, self._free)),
-            2 * math.ceil(len(self.lookups) / self._places),
+            most, math.ceil(len(self.lookups) / max(1, self._free)), 2 * math.ceil(len(self.lookups) / self._places)
         )
         while self._free and self.lookups:
             self._free -= 1
@@ -1711,7 +1723,7 @@ class Counter:
         while self._free and self._for_background and (line := self._next_background()):
             self._free -= 1
             self._for_background -= 1
-            yield self._board(line, VPIC_VINS), True
+            yield self._board(line, most), True
 
     def free(self, background: bool) -> None:
         self._free += 1
@@ -1887,7 +1899,9 @@ class Lookups:
             if tickets := self._counter.everybody():
                 self._run(self._refuse(tickets, refusal))
             return
-        for tickets, background in self._counter.deal():
+        # To find out whether vPIC is there again, one has to wait for it, not fifty.
+        most = VPIC_VINS if cast(Vpic, self._vpic).breaker.closed else 1
+        for tickets, background in self._counter.deal(most):
             self._run(self._fly(tickets, background))
 
     def _refusal(self) -> VpicUnavailable | None:
@@ -2150,7 +2164,11 @@ def serve_exports() -> None:
     if hasattr(os, "nice"):
         os.nice(5)  # lookups come first, but an export under load still ends
 
-    special = {"decoded": pa.bool_(), "fetched_at": pa.timestamp("s", "UTC"), "expires_at": pa.timestamp("s", "UTC")}
+    special: dict[str, pa.DataType] = {
+        "decoded": pa.bool_(),
+        "fetched_at": pa.timestamp("s", "UTC"),
+        "expires_at": pa.timestamp("s", "UTC"),
+    }
 
     def send(frame: bytes) -> None:
         sys.stdout.buffer.write(len(frame).to_bytes(4, "big") + frame)
@@ -2160,7 +2178,7 @@ def serve_exports() -> None:
         def writable(self) -> bool:
             return True
 
-        def write(self, piece: Any) -> int:
+        def write(self, piece: "Any") -> int:
             send(bytes(piece))
             return len(bytes(piece))
 
@@ -2180,7 +2198,11 @@ def serve_exports() -> None:
             # The rows come in the order of their VINs, all different: statistics serve a search for those, a dictionary
             # serves any other column.
             with ParquetWriter(
-                out, schema, compression="zstd", use_dictionary=schema.names[1:], write_statistics=["vin"]
+                out,
+                schema,
+                compression="zstd",
+                use_dictionary=schema.names[1:],  # type: ignore[arg-type]  # its stub knows no list
+                write_statistics=["vin"],
             ) as parquet:
                 for batch in rows:
                     frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
