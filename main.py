@@ -72,9 +72,13 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     FailFast,
     Field,
     SecretStr,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -215,9 +219,15 @@ def normalize_vin(given: str) -> str:
     return vin.upper()
 
 
-def normalize_model_year(given: object) -> object:
+def last_model_year() -> int:
+    return datetime.now(UTC).year + 2  # model years run ahead of the calendar
+
+
+def normalize_model_year(given: object) -> str:
     """A year as four digits, or nothing. Raises unless it is one that a vehicle of today may have."""
-    last = datetime.now(UTC).year + 2  # model years run ahead of the calendar
+    last = last_model_year()
+    if isinstance(given, float) and given.is_integer():  # in JSON, 1994.0 is an integer
+        given = int(given)
     year = str(given).strip(ASCII_SPACE) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
     if year and not (year.isascii() and year.isdigit() and 1980 <= int(year[:5]) <= last):
         raise PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
@@ -241,9 +251,11 @@ ModelYear = Annotated[
     BeforeValidator(normalize_model_year),
     WithJsonSchema(
         {
-            "type": "string",
+            "anyOf": [
+                {"type": "string", "enum": ["", *map(str, range(1980, last_model_year() + 1))]},
+                {"type": "integer", "minimum": 1980, "maximum": last_model_year()},
+            ],
             "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years",
-            "pattern": "^([0-9]{4})?$",
             "examples": ["1994"],
         }
     ),
@@ -292,6 +304,8 @@ def refuse_unknown(given: Collection[str], known: Collection[str], what: str) ->
 class Body(BaseModel):
     """A JSON body; keys that it does not know are refused."""
 
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
+
     @model_validator(mode="before")
     @classmethod
     def refuse_unknown_keys(cls, given: object) -> object:
@@ -312,7 +326,7 @@ class Asked(Body):
 
 
 class LookupBody(Asked):
-    details: bool = Field(False, description="With all that vPIC says, as `attributes`")
+    details: StrictBool = Field(False, description="With all that vPIC says, as `attributes`")
 
 
 class RemoveBody(Body):
@@ -323,7 +337,7 @@ class BatchItem(Body):
     """A line of a batch: a bad VIN in it spoils only its own."""
 
     vin: str
-    model_year: str | int = ""
+    model_year: str | StrictInt | StrictFloat = ""
 
 
 def few_faults(given: object) -> object:
@@ -343,7 +357,7 @@ class BatchBody(Body):
     vins: Annotated[list[str | BatchItem], FailFast(), BeforeValidator(few_faults)] = Field(
         examples=[["1XPWD40X1ED215307", {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]]
     )
-    details: bool = Field(False, description="With all that vPIC says, as `attributes` of each line")
+    details: StrictBool = Field(False, description="With all that vPIC says, as `attributes` of each line")
 
 
 class Vehicle(BaseModel):
