@@ -695,7 +695,7 @@ class Rates:
         storage = self._storage
         if storage is not None:
             try:
-                await self._shared(storage.check)
+                await self._shared(lambda: storage.get("vincache"))
             except TypeError as error:  # an option that its client does not know
                 raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
         return self

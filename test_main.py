@@ -70,9 +70,11 @@ FLAT_KEYS = sorted(
 )
 
 
-def flat(vin: str, **changed: Any) -> dict[str, Any]:
-    """The flat result that vPIC gives for `vin`: its 154 keys, all strings; with `changed` in it."""
-    known = {element["code"]: element["value"] for element in ultravin.decode(vin, full=True)["elements"]}
+def flat(asked: str, **changed: Any) -> dict[str, Any]:
+    """The flat result that vPIC gives for a VIN, or for `VIN,model year`: 154 keys, all strings; with `changed`."""
+    vin, _, year = asked.partition(",")
+    decoded = ultravin.decode(vin, year=int(year) if year else None, full=True)
+    known = {element["code"]: element["value"] for element in decoded["elements"]}
     return {key: known.get(key, "") for key in FLAT_KEYS} | {"VIN": vin} | changed
 
 
@@ -182,34 +184,41 @@ def in_turn(*faults: Fault) -> Fault:
 
 
 class PlayedVpic:
-    """vPIC on loopback. `calls` has the VINs of each call it got; `fault` answers them, after `delay` seconds."""
+    """vPIC on loopback. `calls` has the VINs of each call it got, with the model year behind a comma where one was
+    given; `fault` answers them, after `delay` seconds and `delay_per_vin` for each VIN of a batch."""
 
     def __init__(self) -> None:
         self.url = ""
         self.calls: list[list[str]] = []
         self.requests: list[web.Request] = []
         self.fault: Fault = answers
-        self.delay = 0.0
+        self.delay = self.delay_per_vin = 0.0
         self.under_way = self.most_under_way = 0
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         if request.method == "GET":
-            vins = [request.match_info["vin"]]
+            year = request.query.get("modelyear")
+            vins = [request.match_info["vin"] + (f",{year}" if year else "")]
             assert request.query["format"] == "json"
         else:
             form = await request.post()
             vins = str(form["data"]).split(";")
             assert form["format"] == "json"
-            assert len(vins) <= 50
+            assert 1 < len({vin[:17] for vin in vins}) == len(vins) <= 50
         self.calls.append(vins)
         self.requests.append(request)
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
-            await asyncio.sleep(self.delay)
+            await asyncio.sleep(self.delay + self.delay_per_vin * (len(vins) if len(vins) > 1 else 0))
             return await self.fault(request, vins)
         finally:
             self.under_way -= 1
+
+    @property
+    def asked(self) -> list[str]:
+        """All that was asked, call by call."""
+        return [vin for call in self.calls for vin in call]
 
     def holds(self, then: Fault = answers) -> asyncio.Event:
         """From now on, calls wait for this event."""
@@ -676,6 +685,7 @@ BAD_STARTS = {
     "unknown storage": ({"rate_storage": "async+abacus://u:SECRET@host"}, "VINCACHE_RATE_STORAGE"),
     "blocking storage": ({"rate_storage": "memory://"}, "VINCACHE_RATE_STORAGE"),
     "storage's bad URL": ({"rate_storage": "async+redis://:SECRET@host:99999"}, "VINCACHE_RATE_STORAGE"),
+    "storage's odd option": ({"rate_storage": "async+redis://:SECRET@127.0.0.1:1/?foo=1"}, "VINCACHE_RATE_STORAGE"),
     "database in no directory": ({"database": "nowhere/cache.db"}, "VINCACHE_DATABASE"),
     "nothing to decode with": (
         {"vpic_url": "", "offline": "false"},
@@ -1214,7 +1224,7 @@ async def test_lookups_answer_uncached_while_another_process_holds_the_lock(
         with locked(service.database):
             async with asyncio.timeout(6):  # one after another, ten stores would take ten seconds
                 misses = service.asking(trucks(10))
-                await until(lambda: sum(map(len, vpic.calls)) == 11)
+                await until(lambda: len(vpic.asked) == 11)
                 assert [(await service.lookup(TRUCK))[1]["cached_result"] for _ in range(5)] == [True] * 5
                 assert not any(miss.done() for miss in misses)
                 told = {(status, body["cached_result"]) for status, body, _ in await asyncio.gather(*misses)}
@@ -1403,6 +1413,161 @@ async def test_an_older_schema_of_ours_is_rebuilt(
         assert [(await service.lookup(TRUCK))[1]["cached_result"] for _ in range(2)] == [False, True]
         assert [row["make"] for row in service.rows()] == ["PETERBILT"]
     assert [message.split(":")[0] for message in logged(caplog, "^cache ")] == ["cache rebuilt"]
+
+
+def copied(database: Path, name: str) -> Path:
+    """A backup of the file, as SQLite makes it."""
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(database.with_name(name))) as target:
+        source.backup(target)
+    return database.with_name(name)
+
+
+async def test_a_file_put_in_place_is_served_as_it_is(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of the old file touches the new one: no row of it appears, none of the new one's is lost."""
+    async with start() as service:
+        await service.lookup(TRUCK)
+        backup = copied(service.database, "backup.db")
+        await service.batch(trucks(300))  # in the old -wal
+        backup.rename(service.database)
+        await until(lambda: logged(caplog, "^cache opened anew"))
+        assert [row["vin"] for row in service.rows()] == [TRUCK]
+        assert await service.were_cached([TRUCK, OTHER_TRUCK, *trucks(3)]) == [True] + [False] * 4
+        assert (await service.get("/export"))[0] == 200
+    assert is_whole(service.database)
+    assert {row["vin"] for row in service.rows()} == {TRUCK, OTHER_TRUCK, *trucks(3)}
+    assert len(logged(caplog, "^cache ")) == 1
+
+
+async def test_a_file_moved_away_takes_its_last_rows_along(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """What was stored is in the file wherever it goes, without its -wal; the service goes on with a fresh one."""
+    async with start() as service:
+        await service.batch(trucks(300))
+        saved = service.database.rename(service.database.with_name("saved.db"))
+        await service.lookup(TRUCK)
+        assert [row["vin"] for row in service.rows()] == [TRUCK]
+        assert len(sql(saved, "SELECT vin FROM vehicles")) == 300
+        assert is_whole(saved)
+    assert len(logged(caplog, "^cache ")) == 1
+
+
+async def test_an_emptied_file_is_noticed_by_itself(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody need store anything: soon exports work again, and a warning told why the cache is cold."""
+    async with start() as service:
+        await service.lookup(TRUCK)
+        service.database.write_bytes(b"")
+        await until(lambda: logged(caplog, "^cache damaged .its file was emptied"))
+        await service.ready()
+        assert (await service.get("/export"))[0] == 200
+        assert await service.were_cached([TRUCK, TRUCK]) == [False, False]
+        assert [row["vin"] for row in service.rows()] == [TRUCK]
+
+
+@pytest.mark.parametrize("damage", [overwrite(NOISE), truncate(0)], ids=["overwritten", "emptied"])
+async def test_behind_a_symbolic_link_the_target_is_replaced(start: Start, tmp_path: Path, damage: Damage) -> None:
+    """The link stays a link, and the fresh file lies where the damaged one lay."""
+    (tmp_path / "volume").mkdir()
+    target, link = tmp_path / "volume" / "real.db", tmp_path / "link.db"
+    link.symlink_to(target)
+    async with start(database=link) as service:
+        await service.lookup(TRUCK)
+        damage(target)
+        await service.batch(trucks(5))
+        await service.batch(trucks(5))
+        assert link.readlink() == target
+        assert len([*target.parent.glob("real.db.damaged-*Z")]) == 1
+        assert {row["vin"] for row in service.rows()} >= {*trucks(5)}
+    assert [path.name for path in tmp_path.glob("link*")] == ["link.db"]
+
+
+async def test_a_file_deleted_under_two_workers_costs_each_one_warning(launch: Launch, tmp_path: Path) -> None:
+    """Both go on with the same fresh file, ready and caching."""
+    process = await launch("--workers", "2", vpic_url="").started(2)
+    for vin in trucks(20):
+        await ask(f"{process.url}/lookup/{vin}")
+    process.database.unlink()
+    log = process.log.read_text
+    await until(lambda: log().count("cache opened anew") == 2)
+    for vin in trucks(20):
+        assert (await ask(f"{process.url}/lookup/{vin}"))[0] == 200
+    for _ in range(16):
+        assert (await ask(f"{process.url}/readyz"))[0] == 200
+    again = [(await ask(f"{process.url}/lookup/{vin}"))[1]["cached_result"] for vin in trucks(20)]
+    assert again == [True] * 20
+    assert len(sql(process.database, "SELECT vin FROM vehicles")) == 20
+    assert len(re.findall(r"WARNING vincache: cache ", log())) == 2
+    assert is_whole(process.database)
+
+
+async def test_a_removal_is_told_as_it_happened(start: Start) -> None:
+    """However long another process holds the file, 200 means that the row is gone, and 503 that it is there."""
+    async with start(busy_timeout=0.4) as service:
+        told = set()
+        for hundredths in range(30, 50, 2):
+            await service.lookup(TRUCK)
+            with locked(service.database):
+                removing = asyncio.create_task(service.delete(f"/remove/{TRUCK}"))
+                await asyncio.sleep(hundredths / 100)
+            status, _ = await removing
+            await asyncio.sleep(0.05)
+            assert bool(service.rows()) == (status == 503)
+            told.add(status)
+        assert told == {200, 503}
+
+
+async def test_many_who_ask_for_readiness_share_one_probe(start: Start) -> None:
+    """/readyz really writes, but not for each who asks."""
+    async with start() as service:
+        writer = service.state["cache"]._store._file.writer
+        before = writer.total_changes
+        assert {status for status, _ in await asyncio.gather(*[service.get("/readyz") for _ in range(100)])} == {200}
+        assert 2 <= writer.total_changes - before <= 6  # a probe is two changes
+
+
+async def test_a_start_waits_for_a_locked_file(start: Start, tmp_path: Path) -> None:
+    """Longer than BUSY_TIMEOUT: what is survived when running does not stop a start."""
+    fill(tmp_path / "cache.db", 1)
+    with locked(tmp_path / "cache.db"):
+        starting = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(main_starts(tmp_path / "cache.db"))))
+        await asyncio.sleep(1.5)
+        assert not starting.done()
+    await asyncio.wait_for(starting, 20)
+
+
+async def main_starts(database: Path) -> None:
+    """Open the store, and close it again."""
+    async with main.FileStore(database, 0.2):
+        pass
+
+
+async def test_the_deadline_of_a_lookup_bounds_its_store_too(start: Start, vpic: PlayedVpic) -> None:
+    """Behind a lock the answer goes out when the lookup's time is up; it is stored when the lock is free."""
+    async with start(vpic_timeout=1, busy_timeout=10) as service:
+        with locked(service.database):
+            async with asyncio.timeout(5):
+                status, body = await service.lookup(TRUCK)
+            assert (status, body["source"], body["cached_result"]) == (200, "vpic", False)
+            assert service.rows() == []
+        await until(service.rows)
+        assert (await service.lookup(TRUCK))[1]["cached_result"] is True
+        assert vpic.calls == [[TRUCK]]
+
+
+async def test_a_path_that_is_no_text_works(start: Start, tmp_path: Path) -> None:
+    """A name in an old encoding: cached, exported, ready."""
+    database = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 ?#%.db"))
+    async with start(database=database, vpic_url="") as service:
+        await service.lookup(TRUCK)
+        assert (await service.lookup(TRUCK))[1]["cached_result"] is True
+        assert (await service.get("/readyz"))[0] == 200
+        assert len(await read_export(service)) == 1
+
+
+async def test_a_control_character_does_not_spoil_the_export(start: Start, vpic: PlayedVpic) -> None:
+    """vPIC's words are exported whatever is in them."""
+    async with start() as service:
+        vpic.fault = says(lambda vin: honest(vin, Model="3\x1f8\x1f8"))
+        assert (await service.lookup(TRUCK))[1]["model"] == "3\x1f8\x1f8"
+        assert [*(await read_export(service))["model"]] == ["3\x1f8\x1f8"]
 
 
 # Root may do everything; without these two rights it may do what the file's mode says, as anybody.
@@ -1785,7 +1950,7 @@ async def test_no_more_calls_at_once_than_the_settings_say(start: Start, vpic: P
         vpic.delay = 0.05
         assert {(await caller)[0] for caller in service.asking(trucks(20))} == {200}
         assert vpic.most_under_way == 3
-        assert sorted(vin for call in vpic.calls for vin in call) == trucks(20)
+        assert sorted(vpic.asked) == trucks(20)
 
 
 async def test_no_more_calls_a_minute_than_the_settings_say(start: Start, vpic: PlayedVpic) -> None:
