@@ -1425,12 +1425,13 @@ class Breaker:
     probing --an answer--> closed
     probing --a failure--> open
 
-    A VIN on which vPIC chokes fails alone, however often it is asked; what no VIN can be the cause of always counts."""
+    A VIN on which vPIC chokes fails alone, however often it is asked, and explains the failure of a call for several
+    that it was in; what no VIN can be the cause of always counts."""
 
     def __init__(self, failures: int, seconds: float) -> None:
         self._failures = failures
         self._seconds = seconds
-        self._failed: set[object] = set()
+        self._failed: list[frozenset[object]] = []  # since the last answer: for which VINs, none explaining another
         self._open_until: float | None = None  # monotonic; None: closed
         self._open_since = 0.0  # unix seconds
         self._probing = False
@@ -1465,7 +1466,10 @@ class Breaker:
             yield
         except VpicUnavailable as error:
             if error.counts:
-                self._failed.add(tuple(vins) if error.maybe_vin else object())
+                failed = frozenset[object](vins if error.maybe_vin else [object()])
+                self._failed = [other for other in self._failed if not other > failed]
+                if not any(other <= failed for other in self._failed):
+                    self._failed.append(failed)
                 if probe or len(self._failed) >= self._failures:
                     self._open()
             raise
@@ -2569,6 +2573,23 @@ def queried(*known: str) -> Any:
     return Depends(check)
 
 
+async def look_up(request: Request, question: Question, details: bool) -> Response:
+    """The answer; if the client hangs up before it, nobody waits for vPIC in its name any more."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    looking = asyncio.create_task(request.state.lookups.lookup(question, details))
+    leaving = asyncio.create_task(hang_up())
+    try:
+        await asyncio.wait([looking, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return respond(looking.result()) if looking.done() else Response(status_code=499)
+    finally:
+        looking.cancel()
+        leaving.cancel()
+
+
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 
@@ -2588,13 +2609,13 @@ Details = Annotated[bool, Query(description="With all that vPIC says, as `attrib
 )
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return respond(await request.state.lookups.lookup(ask(vin, model_year), details))
+    return await look_up(request, ask(vin, model_year), details)
 
 
 @app.post("/lookup", tags=["lookup"], response_model=Vehicle, responses=LOOKUP | BODY, dependencies=[by_key])
 async def lookup_posted(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return respond(await request.state.lookups.lookup(body.question, body.details))
+    return await look_up(request, body.question, body.details)
 
 
 @app.post(

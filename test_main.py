@@ -1941,6 +1941,36 @@ async def test_an_outage_hardly_reaches_vpic(start: Start, vpic: PlayedVpic, fau
         assert (await service.lookup(TRUCK))[0] == 200
 
 
+async def test_a_vin_on_which_vpic_chokes_fails_alone(start: Start, vpic: PlayedVpic) -> None:
+    """However often such VINs are asked, vPIC is not left alone for them; in a batch their neighbours are decoded."""
+    bad = {TRUCK, OTHER_TRUCK}
+
+    async def fault(request: web.Request, vins: list[str]) -> web.StreamResponse:
+        return await (refuses(500) if bad & {*vins} else answers)(request, vins)
+
+    vpic.fault = fault
+    async with start(offline=False, breaker_failures=3, vpic_timeout=3) as service:
+        for _ in range(3):
+            assert [(await service.lookup(vin))[0] for vin in bad] == [502, 502]
+        assert await service.breaker() == "ok"
+        lines = await service.batch([*trucks(48), *bad])
+        assert [line.get("status", 200) for line in lines] == [200] * 48 + [502] * 2
+        assert len([call for call in vpic.calls if len(call) == 50]) == 3  # tried like any call, then split once
+        assert await service.breaker() == "ok"
+
+
+async def test_what_no_vin_can_be_the_cause_of_opens_the_breaker(start: Start, vpic: PlayedVpic) -> None:
+    """Refusals and refused connections speak against vPIC, be it for one VIN only."""
+    vpic.fault = refuses(403)
+    async with start(offline=False, breaker_failures=2) as service:
+        for state in ("ok", "open"):
+            await service.lookup(TRUCK)
+            assert (await service.breaker()).startswith(state)
+    async with start(offline=False, breaker_failures=2, vpic_url=f"http://127.0.0.1:{free_port()}") as service:
+        await service.lookup(TRUCK)
+        assert (await service.breaker()).startswith("open")
+
+
 # -- Manners -----------------------------------------------------------------------------------------------------------
 
 
@@ -1962,6 +1992,33 @@ async def test_no_more_calls_a_minute_than_the_settings_say(start: Start, vpic: 
         assert all(50 <= int(headers["Retry-After"]) <= 60 for status, _, headers in got if status == 503)
         assert (len(vpic.calls), len(service.rows())) == (20, 20)
         assert await service.breaker() == "ok"  # no call failed
+
+
+async def test_a_clock_set_back_stalls_no_rate(start: Start, vpic: PlayedVpic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Durations go by a clock that nobody sets: neither vPIC's calls nor clients wait for the hour to come again."""
+    async with start(vpic_rate=5, lookup_limit="5/1 second") as service:
+        now = time.time
+        for vin in trucks(5):
+            assert (await service.lookup(vin))[1]["source"] == "vpic"
+        monkeypatch.setattr(time, "time", lambda: now() - 3600)
+        await asyncio.sleep(1.1)
+        assert (await service.lookup(trucks(1)[0]))[0] == 200
+    service_rate = main.MovingWindow(main.RateLimitItemPerMinute(1))
+    assert (service_rate.take(), 59 < service_rate.take() <= 60) == (0, True)
+
+
+async def test_calls_carry_nothing_over(
+    start: Start, vpic: PlayedVpic, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No cookie of vPIC's comes back to it, and no password that lies about in ~/.netrc."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login somebody password sesame")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    async with start() as service:
+        vpic.fault = says(honest, Set_Cookie="track=1; Path=/")
+        for vin in (TRUCK, OTHER_TRUCK):
+            assert (await service.lookup(vin))[1]["source"] == "vpic"
+    assert len(vpic.requests) == 2
+    assert not any({"Cookie", "Authorization"} & {*request.headers} for request in vpic.requests)
 
 
 async def test_retries_count_as_calls(start: Start, vpic: PlayedVpic) -> None:
@@ -2256,6 +2313,245 @@ async def test_a_lookup_that_joins_a_batch_keeps_its_own_deadline(start: Start, 
         told = [(line["make"], line["source"]) for line in await batch]
         assert told == [("PETERBILT", "vpic"), ("KENWORTH", "vpic")]
         assert vpic.calls == [[TRUCK, OTHER_TRUCK]]
+
+
+# -- The counter -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_crowd_is_answered_by_vpic_in_few_calls(start: Start, vpic: PlayedVpic) -> None:
+    """Those who wait share the next call: all are answered by vPIC, each is asked once, the breaker is closed."""
+    vpic.delay, vpic.delay_per_vin = 0.1, 0.005
+    async with start(vpic_timeout=8) as service:
+        got = await asyncio.gather(*service.asking(trucks(300)))
+        assert Counter((status, body["source"]) for status, body, _ in got) == {(200, "vpic"): 300}
+        assert sorted(vpic.asked) == trucks(300)
+        assert len(vpic.calls) <= 45
+        assert vpic.most_under_way == 8
+        assert await service.breaker() == "ok"
+
+
+async def test_whoever_finds_a_free_place_goes_alone_and_at_once(start: Start, vpic: PlayedVpic) -> None:
+    """Nobody waits for company; those who wait for a place share it."""
+    async with start(vpic_concurrency=2) as service:
+        go = vpic.holds()
+        callers = []
+        for number, vin in enumerate(trucks(2)):
+            callers += service.asking([vin])
+            await until(lambda number=number: len(vpic.calls) == number + 1)
+        callers += service.asking(trucks(6, 10))
+        await asyncio.sleep(0.2)
+        assert vpic.calls == [[vin] for vin in trucks(2)]
+        go.set()
+        assert {status for status, _, _ in await asyncio.gather(*callers)} == {200}
+        assert sorted(vpic.asked) == sorted(trucks(2) + trucks(6, 10))
+        assert [len(call) for call in vpic.calls] == [1, 1, 3, 3]
+
+
+async def test_waiting_in_our_own_line_says_nothing_of_vpic(start: Start, vpic: PlayedVpic) -> None:
+    """Lookups whose time runs out before they get a place fall back; the breaker stays closed."""
+    vpic.delay = 0.6
+    async with start(vpic_concurrency=1, vpic_timeout=0.5, vpic_batch_timeout=5, breaker_failures=1) as service:
+        batch = asyncio.create_task(service.batch(trucks(2, 50)))
+        await until(lambda: vpic.calls)
+        got = await asyncio.gather(*service.asking(trucks(5)))
+        assert [body["source"] for _, body, _ in got] == ["offline"] * 5
+        await batch
+        assert await service.breaker() == "ok"
+        vpic.delay = 0
+        assert (await service.lookup(TRUCK))[1]["source"] == "vpic"
+        assert vpic.calls == [trucks(2, 50), [TRUCK]]
+
+
+async def test_a_caller_that_leaves_the_line_is_not_asked_for(start: Start, vpic: PlayedVpic) -> None:
+    """A VIN is asked as long as somebody waits for it, and no longer."""
+    async with start(vpic_concurrency=1) as service:
+        go = vpic.holds()
+        first = service.asking([TRUCK])
+        await until(lambda: vpic.calls)
+        leaving, staying = service.asking(trucks(2)), service.asking(trucks(1))
+        await asyncio.sleep(0.2)
+        for caller in leaving:
+            caller.cancel()
+        await asyncio.wait(leaving)
+        await asyncio.sleep(0.2)  # for the service to see them leave
+        go.set()
+        assert {status for status, _, _ in await asyncio.gather(*first, *staying)} == {200}
+        assert vpic.calls == [[TRUCK], trucks(1)]
+
+
+async def test_a_call_that_fails_sends_each_of_its_vins_on_alone(start: Start, vpic: PlayedVpic) -> None:
+    """Waiting lookups that shared a call which came to nothing are asked one by one, within their own time."""
+    async with start(vpic_concurrency=1, offline=False) as service:
+        go = vpic.holds()
+        first = service.asking([TRUCK])
+        await until(lambda: vpic.calls)
+        waiting = service.asking(trucks(3))
+        await asyncio.sleep(0.2)
+
+        async def chokes(request: web.Request, vins: list[str]) -> web.StreamResponse:
+            return await (says("<html>") if len(vins) > 1 or vins == trucks(1) else answers)(request, vins)
+
+        vpic.fault = chokes
+        go.set()
+        got = await asyncio.gather(*first, *waiting)
+        assert [status for status, _, _ in got] == [200, 502, 200, 200]
+        assert [len(call) for call in vpic.calls] == [1, 3, 1, 1, 1]
+
+
+async def test_batches_take_turns_and_lookups_come_first(start: Start, vpic: PlayedVpic) -> None:
+    """Of two cold batches none waits for the other's end, and a lookup that comes last is asked next."""
+    async with start(vpic_concurrency=1) as service:
+        go = vpic.holds()
+        batches = [asyncio.create_task(service.batch(trucks(100, first))) for first in (0, 1000)]
+        await until(lambda: vpic.calls)
+        await asyncio.sleep(0.3)
+        looking = service.asking([TRUCK])
+        await asyncio.sleep(0.2)
+        go.set()
+        await asyncio.gather(*batches, *looking)
+        whose = ["lookup" if call == [TRUCK] else call[0][11:14] for call in vpic.calls]
+        assert whose[1] == "lookup"
+        assert whose[0] != whose[2] != whose[3] != whose[4]
+        assert [len(call) for call in vpic.calls] == [50, 1, 50, 50, 50]
+
+
+# -- Soft expiry -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["lookup", "batch"])
+async def test_a_row_in_its_grace_is_answered_at_once_and_asked_anew(start: Start, vpic: PlayedVpic, way: str) -> None:
+    """The caller gets the old row while vPIC takes its time; each VIN is asked once, and the new word is there next."""
+    vins = trucks(60)
+
+    async def told(service: Service) -> list[Any]:
+        if way == "batch":
+            return await service.batch(vins)
+        return [body for _, body, _ in await asyncio.gather(*service.asking(vins))]
+
+    async with start() as service:
+        old = await told(service)
+        service.expire(days=1)
+        vpic.calls.clear()
+        go = vpic.holds(lambda _, vins: web_answer(*(flat(vin, Model="389") for vin in vins)))
+        for _ in range(3):
+            assert [line["fetched_at"] for line in await told(service)] == [line["fetched_at"] for line in old]
+        go.set()
+        await until(lambda: {row["model"] for row in service.rows()} == {"389"})
+        assert {line["model"] for line in await told(service)} == {"389"}
+        assert sorted(vpic.asked) == vins
+
+
+async def web_answer(*results: dict[str, Any]) -> web.Response:
+    """vPIC's answer with these results."""
+    return web.json_response(envelope(*results))
+
+
+async def test_without_grace_an_expired_row_waits_for_vpic(start: Start, vpic: PlayedVpic) -> None:
+    """GRACE=0: it is asked anew before anything is told."""
+    async with start(grace=0) as service:
+        await service.lookup(TRUCK)
+        service.expire(days=0.001)
+        vpic.fault = says(lambda vin: honest(vin, Model="389"))
+        assert (await service.lookup(TRUCK))[1]["model"] == "389"
+
+
+async def test_a_stand_in_has_no_grace(start: Start, vpic: PlayedVpic) -> None:
+    """What was decoded offline gives way to vPIC as soon as it expires."""
+    async with start(breaker_seconds=0.1, breaker_failures=1) as service:
+        vpic.fault = refuses(403)
+        assert (await service.lookup(TRUCK))[1]["source"] == "offline"
+        service.expire(days=0.001)
+        vpic.fault = answers
+        await asyncio.sleep(0.2)
+        assert (await service.lookup(TRUCK))[1]["source"] == "vpic"
+
+
+async def test_a_failed_refresh_is_not_tried_again_for_stale_ttl(start: Start, vpic: PlayedVpic) -> None:
+    """While vPIC fails, a row in its grace costs one call, however often it is asked for."""
+    async with start(stale_ttl=60, breaker_failures=100, vpic_timeout=1) as service:
+        await service.lookup(TRUCK)
+        service.expire(days=1)
+        vpic.calls.clear()
+        vpic.fault = refuses(403)
+        for _ in range(30):
+            assert (await service.lookup(TRUCK))[1]["cached_result"] is True
+            await asyncio.sleep(0.01)
+        assert vpic.calls == [[TRUCK]]
+
+
+async def test_refreshes_come_after_everybody_who_waits(start: Start, vpic: PlayedVpic) -> None:
+    """A row in its grace can wait; a lookup and a batch that came later are asked before it."""
+    async with start(vpic_concurrency=1) as service:
+        await service.lookup(TRUCK)
+        service.expire(days=1)
+        vpic.calls.clear()
+        go = vpic.holds()
+        others = service.asking([OTHER_TRUCK])
+        await until(lambda: vpic.calls)
+        assert (await service.lookup(TRUCK))[1]["cached_result"] is True
+        await asyncio.sleep(0.1)
+        batch = asyncio.create_task(service.batch(trucks(2)))
+        await asyncio.sleep(0.2)
+        others += service.asking(trucks(1, 10))
+        await asyncio.sleep(0.2)
+        go.set()
+        await asyncio.gather(*others, batch)
+        await until(lambda: len(vpic.calls) == 4)
+        assert vpic.calls == [[OTHER_TRUCK], trucks(1, 10), trucks(2), [TRUCK]]
+
+
+async def test_what_was_fetched_together_does_not_end_together(start: Start) -> None:
+    """Lives are spread over the last tenth of TTL by the VIN: the same every time."""
+    async with start(ttl=10_000) as service:
+        every = []
+        for _ in range(2):
+            await service.batch(trucks(100))
+            every.append([row["expires_at"] - row["fetched_at"] for row in service.rows()])
+            for vin in trucks(100):
+                await service.delete(f"/remove/{vin}")
+        first, second = every
+        assert 9000 <= min(first) < 9200
+        assert 9800 < max(first) <= 10_001
+        assert max(abs(one - other) for one, other in zip(first, second, strict=True)) <= 1
+
+
+# -- Removals ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_removal_beats_a_flight(service: Service, vpic: PlayedVpic) -> None:
+    """Who waits for vPIC gets its answer, but it is not stored; who comes after the removal is asked for anew."""
+    go = vpic.holds()
+    before = service.asking([TRUCK])
+    await until(lambda: vpic.calls)
+    assert await service.delete(f"/remove/{TRUCK}") == (200, {"vin": TRUCK, "cache_delete_success": False})
+    after = service.asking([TRUCK])
+    await until(lambda: len(vpic.calls) == 2)
+    go.set()
+    assert [(await caller)[0] for caller in before + after] == [200, 200]
+    await until(service.rows)
+    assert await service.delete(f"/remove/{TRUCK}") == (200, {"vin": TRUCK, "cache_delete_success": True})
+    assert vpic.calls == [[TRUCK]] * 2
+
+
+async def test_a_removal_through_another_worker_beats_a_flight(
+    launch: Launch, vpic: PlayedVpic, tmp_path: Path
+) -> None:
+    """Two processes on one file: what one removes, the other's flight does not put back."""
+    one, other = [launch(offline=False) for _ in range(2)]
+    async with one.serving(vpic) as first, other.serving(vpic) as second:
+        go = vpic.holds()
+        before = first.asking([TRUCK])
+        await until(lambda: vpic.calls)
+        await asyncio.sleep(0.1)
+        assert (await second.delete(f"/remove/{TRUCK}"))[0] == 200
+        after = first.asking([TRUCK])
+        await until(lambda: len(vpic.calls) == 2)
+        assert (await second.delete(f"/remove/{TRUCK}"))[0] == 200
+        go.set()
+        assert [(await caller)[0] for caller in before + after] == [200, 200]
+        await asyncio.sleep(0.3)  # for a store that should not be
+        assert sql(one.database, "SELECT vin FROM vehicles") == []
+        assert (await first.lookup(TRUCK))[1]["cached_result"] is False
 
 
 # -- Stale beats nothing -----------------------------------------------------------------------------------------------
@@ -2890,6 +3186,58 @@ async def test_processes_share_one_count(
         assert process.log.read_text().count("VINCACHE_RATE_STORAGE fails") == 1
 
 
+async def test_processes_share_vpics_budget(
+    launch: Launch, vpic: PlayedVpic, redis_server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    """With a shared storage VPIC_RATE is the budget of all; without it each keeps its own, and one warning says so."""
+    url, redis = redis_server
+    settings = {"rate_storage": url, "vpic_rate": 6, "vpic_timeout": 2, "vpic_concurrency": 20, "offline": False}
+    processes = [launch(**settings, database=tmp_path / f"{number}.db") for number in range(2)]
+    for process in processes:
+        await process.started()
+    asked = [ask(f"{process.url}/lookup/{vin}") for vin in trucks(6) for process in processes]
+    statuses = Counter(status for status, _ in await asyncio.gather(*asked))
+    assert (len(vpic.calls), statuses) == (6, {200: 6, 503: 6})
+    redis.kill()
+    redis.wait()
+    asked = [ask(f"{process.url}/lookup/{vin}") for vin in trucks(7, 10) for process in processes]
+    statuses = Counter(status for status, _ in await asyncio.gather(*asked))
+    assert (len(vpic.calls), statuses) == (18, {200: 12, 503: 2})
+    for process in processes:
+        assert process.log.read_text().count("VINCACHE_RATE_STORAGE fails") == 1
+
+
+async def test_a_storage_that_hangs_is_left_alone(start: Start) -> None:
+    """Only those who come while it is tried wait for it; for some seconds after that nobody does."""
+    async with dead_storage("hangs") as url, start(rate_storage=url, lookup_limit="1/minute") as service:
+        began = time.monotonic()
+        for _ in range(20):
+            assert (await service.lookup(TRUCK))[0] == 200
+        assert time.monotonic() - began < 5  # each for itself would take twenty
+
+
+async def test_clients_of_one_ipv6_network_are_one(launch: Launch) -> None:
+    """A user has 2**64 addresses: a limit counts the /64."""
+    process = launch("--forwarded-allow-ips", "*", lookup_limit="2/minute", vpic_url="")
+    await process.started()
+
+    async def status(address: str) -> int:
+        return (await ask(f"{process.url}/lookup/{TRUCK}", headers={"X-Forwarded-For": address}))[0]
+
+    assert [await status(f"2001:db8::{n}") for n in (1, 2, 3)] == [200, 200, 429]
+    assert [await status(address) for address in ("2001:db8:0:1::1", "::ffff:10.0.0.1", "10.0.0.1")] == [200] * 3
+
+
+def test_a_window_forgets_its_clients_when_it_ends() -> None:
+    """Many clients cost nothing but their entry, for as long as the window lasts."""
+    window, limit = main.FixedWindow(), main.limits.parse("1/second")
+    assert [window.take(limit, f"{n}", 1) for n in range(60_000)] == [0] * 60_000
+    assert 0 < window.take(limit, "7", 1) <= 1
+    time.sleep(1)
+    assert window.take(limit, "7", 1) == 0
+    assert len(window._used) == 1
+
+
 # -- Bodies ------------------------------------------------------------------------------------------------------------
 
 POSTS = ["/lookup", "/remove", "/lookup/batch"]
@@ -2984,6 +3332,40 @@ async def test_hostile_vins_of_a_batch_spoil_only_their_lines(
     assert status == 200
     assert [json.loads(line).get("status", 200) for line in body.splitlines()] == [422] * 6 + [200] + [422] * 2
     assert logged(caplog, level=logging.ERROR) == []
+
+
+MANY_FAULTS = {
+    "wrong elements": (b'{"vins": [' + b",".join([b"0"] * 2_000_000) + b"]}", "0, 1, 2 and 1,999,997 more"),
+    "unknown keys": (
+        b"{" + b",".join(b'"k%d": 0' % number for number in range(300_000)) + b"}",
+        "'k0', 'k1', 'k2' and 299,997 more",
+    ),
+    "a long key": (b'{"%b": 0}' % (b"k" * 4_000_000), "kkk"),
+    "wrong objects": (b'{"vins": [' + b",".join([b"{}"] * 1_000_000) + b"]}", ""),
+}
+
+
+@NEEDS_PROC
+@pytest.mark.parametrize(("sent", "told"), MANY_FAULTS.values(), ids=MANY_FAULTS)
+async def test_many_faults_are_one_answer(launch: Launch, sent: bytes, told: str) -> None:
+    """What is wrong a million times is told in one short 422, and costs no memory to speak of."""
+    process = await launch(vpic_url="").started()
+    await ask(f"{process.url}/lookup", "POST", data=b"{}", headers={"Content-Type": JSON})
+    before = process.peak()
+    for route in ("/lookup/batch", "/lookup"):
+        headers = {"Content-Type": JSON}
+        status, body = await ask(f"{process.url}{route}", "POST", data=io.BytesIO(sent), headers=headers)
+        assert status == 422
+        assert len(json.dumps(body)) < 600
+        if route == "/lookup/batch":
+            assert told in body["detail"][0]["msg"]
+    assert process.peak() - before < 250_000
+
+
+@pytest.mark.parametrize("prefix", ["/api/v1/api/v1", "/api/v1" * 1000])
+async def test_the_prefix_counts_once(service: Service, prefix: str) -> None:
+    """However often it stands there, the rest is a path that does not exist."""
+    assert await service.get(f"{prefix}/healthz") == (404, {"detail": "Not Found"})
 
 
 @NEEDS_PROC
