@@ -73,6 +73,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     FailFast,
     Field,
     SecretStr,
@@ -83,6 +84,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic import Tag as KindOf
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
@@ -340,6 +342,13 @@ class BatchItem(Body):
     model_year: str | StrictInt | StrictFloat = ""
 
 
+# Told apart by what it is, so that what is wrong with an object is told of it, not that it is no string.
+Item = Annotated[
+    Annotated[str, KindOf("vin")] | Annotated[BatchItem, KindOf("item")],
+    Discriminator(lambda item: "vin" if isinstance(item, str) else "item"),
+]
+
+
 def few_faults(given: object) -> object:
     """Raises once for all elements that are neither strings nor objects: pydantic would for each, at 2 kB of memory."""
     if isinstance(given, list):
@@ -354,7 +363,7 @@ def few_faults(given: object) -> object:
 class BatchBody(Body):
     """The body of a batch: VINs as strings, or as objects where a model year is known."""
 
-    vins: Annotated[list[str | BatchItem], FailFast(), BeforeValidator(few_faults)] = Field(
+    vins: Annotated[list[Item], FailFast(), BeforeValidator(few_faults)] = Field(
         examples=[["1XPWD40X1ED215307", {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]]
     )
     details: StrictBool = Field(False, description="With all that vPIC says, as `attributes` of each line")

@@ -761,6 +761,38 @@ BAD_VINS = {
 }
 
 
+UNKNOWN_NAMES = {
+    # what is sent, and what is told of it
+    "modelyear": ("GET", f"/lookup?vin={TRUCK}&modelyear=1994", "'modelyear' (did you mean model_year?)"),
+    "VIN": ("GET", f"/lookup?VIN={TRUCK}", "'VIN' (did you mean vin?)"),
+    "in the path": ("GET", f"/lookup/{TRUCK}?Details=1", "'Details' (did you mean details?)"),
+    "remove": ("DELETE", f"/remove?vin={TRUCK}&year=1994", "'year'"),
+    "remove by path": ("DELETE", f"/remove/{TRUCK}?vin={TRUCK}", "'vin'"),
+    "export": ("GET", "/export?vin=1", "'vin'"),
+    "many": ("GET", f"/lookup?vin={TRUCK}&a=1&b=1&c=1&d=1&e=1", "'a', 'b', 'c' and 2 more"),
+    "body": ("POST", {"vin": TRUCK, "modelYear": 1994}, "'modelYear' (did you mean model_year?)"),
+    "body of a removal": ("POST", {"vin": TRUCK, "model_year": ""}, "'model_year'"),
+    "batch": ("POST", {"vins": [TRUCK], "detail": True}, "'detail' (did you mean details?)"),
+    "batch item": ("POST", {"vins": [{"vin": TRUCK, "modelyear": "1994"}]}, "'modelyear' (did you mean model_year?)"),
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize(("method", "sent", "told"), UNKNOWN_NAMES.values(), ids=UNKNOWN_NAMES)
+async def test_unknown_parameters_and_keys_are_refused(
+    service: Service, vpic: PlayedVpic, method: str, sent: Any, told: str, prefix: str
+) -> None:
+    """An answer does not look as if it had honoured what it ignored: a 422 names it, and what may have been meant."""
+    if method == "POST":
+        path = "/lookup/batch" if "vins" in sent else "/remove" if told == "'model_year'" else "/lookup"
+        status, body = await service.post(prefix + path, sent)
+    else:
+        status, body, _ = await service.ask(method, prefix + sent)
+    assert status == 422
+    assert f": {told}" in body["detail"][0]["msg"]
+    assert vpic.calls == []
+
+
 @pytest.mark.parametrize("vin", BAD_VINS.values(), ids=BAD_VINS)
 async def test_what_is_no_vin_is_422_in_one_shape(service: Service, vpic: PlayedVpic, vin: str) -> None:
     """All forms under both prefixes refuse it in the same words; it is not echoed, not asked for and not stored."""
@@ -1397,6 +1429,76 @@ async def test_an_empty_file_is_a_new_database(start: Start, tmp_path: Path, cap
         assert (await service.lookup(TRUCK))[1]["cached_result"] is True
     assert not logged(caplog, "^cache ")
     assert [path.name for path in tmp_path.glob("cache*")] == ["cache.db"]
+
+
+SCHEMA_1 = """
+PRAGMA journal_mode = WAL;
+CREATE TABLE vehicles (
+    vin TEXT NOT NULL PRIMARY KEY, make TEXT NOT NULL, model TEXT NOT NULL, model_year TEXT NOT NULL,
+    body_class TEXT NOT NULL, error_code TEXT NOT NULL, error_text TEXT NOT NULL, suggested_vin TEXT NOT NULL,
+    source TEXT NOT NULL, decoded INTEGER NOT NULL, fetched_at INTEGER NOT NULL, expires_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+PRAGMA application_id = 0x56494E43;
+PRAGMA user_version = 1;
+WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < 20000)
+INSERT INTO vehicles SELECT printf('1XPWD40X1ED%06d', i), 'PETERBILT', '388', '2014', 'Truck-Tractor', '0', 'clean', '',
+    'vpic', 1, unixepoch(), unixepoch() + 10000 FROM n;
+"""
+
+
+def of_schema_1(database: Path) -> Path:
+    """A file as the first version left it, with 20,000 rows."""
+    with closing(sqlite3.connect(database, isolation_level=None)) as file:
+        file.executescript(SCHEMA_1)
+    return database
+
+
+async def test_a_file_of_schema_1_is_migrated(
+    start: Start, vpic: PlayedVpic, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rows are kept and served; what they lack is empty, and asked for where it is wanted."""
+    of_schema_1(tmp_path / "cache.db")
+    async with start() as service:
+        [vin] = trucks(1, 7)
+        status, body = await service.lookup(vin)
+        assert (status, body["cached_result"], body["model"], body["additional_error_text"]) == (200, True, "388", "")
+        assert len(service.rows()) == 20_000
+        assert vpic.calls == []
+        _, body = await service.get(f"/lookup/{vin}?details=true")
+        assert (body["cached_result"], body["attributes"]["VehicleType"]) == (False, "TRUCK")
+    async with start() as service:
+        assert len(service.rows()) == 20_000
+    assert [message.split(":")[0] for message in logged(caplog, "^cache ")] == ["cache migrated"]
+    assert is_whole(tmp_path / "cache.db")
+
+
+async def test_a_migration_that_is_killed_leaves_schema_1(tmp_path: Path) -> None:
+    """Wherever it is killed, the file has all its rows, in the old form or in the new."""
+    seen = set()
+    command = [sys.executable, "-c", "import sys, main; main.prepare(main.Path(sys.argv[1]), 5)"]
+    for turn in range(12):
+        database = of_schema_1(tmp_path / f"{turn}.db")
+        process = await asyncio.create_subprocess_exec(*command, str(database), cwd=HERE)
+        await until(Path(f"{database}-wal").exists)
+        await asyncio.sleep(turn * 0.01)
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        assert is_whole(database)
+        seen.add(sql(database, "PRAGMA user_version")[0][0])
+        assert sql(database, "SELECT count(*) FROM vehicles")[0][0] == 20_000
+        async with main.FileStore(database, 2) as store:
+            assert await store.read("SELECT count(*) FROM vehicles", ()) == [(20_000,)]
+    assert 1 in seen
+
+
+async def test_several_workers_migrate_a_file_once(launch: Launch, tmp_path: Path) -> None:
+    """They start at once; one brings the file up to date, all serve it."""
+    of_schema_1(tmp_path / "cache.db")
+    process = await launch("--workers", "4", vpic_url="").started(4)
+    assert process.log.read_text().count("cache migrated") == 1
+    told = [await ask(f"{process.url}/lookup/{vin}") for vin in trucks(20, 0)]
+    assert {(status, body["cached_result"]) for status, body in told} == {(200, True)}
 
 
 async def test_an_older_schema_of_ours_is_rebuilt(
@@ -2756,6 +2858,245 @@ async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) ->
         assert told == [(200, "vpic", True), (200, "offline", False)]
         assert (unknown["vin"], unknown["status"]) == (UNKNOWN, 503)  # a stand-in never says no
         assert len(vpic.calls) == 2
+
+
+# -- Model years -------------------------------------------------------------------------------------------------------
+
+YEAR_FORMS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
+    "query": lambda vin, year: {"method": "GET", "path": "/lookup", "params": {"vin": vin, "model_year": f"{year}"}},
+    "path": lambda vin, year: {"method": "GET", "path": f"/lookup/{vin}", "params": {"model_year": f"{year}"}},
+    "body": lambda vin, year: {"method": "POST", "path": "/lookup", "json": {"vin": vin, "model_year": f"{year}"}},
+    "number in a body": lambda vin, year: {
+        "method": "POST",
+        "path": "/lookup",
+        "json": {"vin": vin, "model_year": int(year) if year else ""},
+    },
+    "batch": lambda vin, year: {
+        "method": "POST",
+        "path": "/lookup/batch",
+        "json": {"vins": [{"vin": vin, "model_year": f"{year}"}]},
+    },
+}
+
+
+async def year_told(service: Service, form: str, vin: str, year: Any, prefix: str = "") -> tuple[int, Any]:
+    """Status and body of a lookup with a model year, in this form."""
+    sent = YEAR_FORMS[form](vin, year)
+    status, body, _ = await service.ask(sent.pop("method"), prefix + sent.pop("path"), **sent)
+    if isinstance(body, bytes):
+        body = json.loads(body)
+        status = body.get("status", 200)
+    return status, body
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("form", YEAR_FORMS)
+async def test_the_model_year_asked_for_is_honoured(service: Service, vpic: PlayedVpic, form: str, prefix: str) -> None:
+    """With the year vPIC means another vehicle than without it; each question has its own answer, cached for itself."""
+    for cached in (False, True):
+        for year, told in (("", "2024"), ("1994", "1994")):
+            status, body = await year_told(service, form, FIRE_ENGINE, year, prefix)
+            assert (status, body["model_year"], body["model_year_asked"]) == (200, told, year)
+            assert (body["error_code"], body["additional_error_text"]) == ("0", DOUBT)
+            assert body["cached_result"] is cached
+    assert vpic.calls == [[FIRE_ENGINE], [f"{FIRE_ENGINE},1994"]]
+    assert [row["model_year_asked"] for row in service.rows()] == ["", "1994"]
+
+
+@pytest.mark.parametrize("year", ["1979", "2099", "94", "x", " 19 94", "\uff11994", "-1994", "1e3", "19940"])
+@pytest.mark.parametrize("form", YEAR_FORMS)
+async def test_what_is_no_model_year_is_422(service: Service, vpic: PlayedVpic, form: str, year: str) -> None:
+    """In a batch in its own line, everywhere else as a whole; nothing is asked."""
+    if "number" in form:
+        pytest.skip("not a number")
+    status, body = await year_told(service, form, FIRE_ENGINE, year)
+    told = body["detail"] if form == "batch" else body["detail"][0]["msg"]
+    assert (status, told) == (422, f"A model year is a number from 1980 to {datetime.now(UTC).year + 2}")
+    assert vpic.calls == []
+
+
+async def test_two_years_of_one_vin_at_the_same_time_are_two_flights(start: Start, vpic: PlayedVpic) -> None:
+    """Neither gets the other's answer, alone or in a batch; in one call to vPIC they never are."""
+    years = ["", "1994", "2024"]
+    async with start(vpic_concurrency=1) as service:
+        go = vpic.holds()
+        first = service.asking([TRUCK])
+        await until(lambda: vpic.calls)
+        items = [{"vin": FIRE_ENGINE, "model_year": year} for year in years]
+        batch = asyncio.create_task(service.batch([*items, FIRE_ENGINE]))
+        single = [asyncio.create_task(year_told(service, "query", FIRE_ENGINE, year)) for year in years]
+        await asyncio.sleep(0.2)
+        go.set()
+        lines = [*await batch, *(body for _, body in await asyncio.gather(*single))]
+        await asyncio.gather(*first)
+        told = [(line["model_year_asked"], line["model_year"]) for line in lines]
+        right = [("", "2024"), ("1994", "1994"), ("2024", "2024")]
+        assert told == [*right, right[0], *right]
+        assert sorted(vpic.asked[1:]) == [FIRE_ENGINE, f"{FIRE_ENGINE},1994", f"{FIRE_ENGINE},2024"]
+
+
+async def test_remove_forgets_a_vin_with_all_its_years(service: Service, vpic: PlayedVpic) -> None:
+    """One removal is enough, and it says true if any was there."""
+    for year in ("1994", "2024"):
+        await year_told(service, "query", FIRE_ENGINE, year)
+    for there in (True, False):
+        assert (await service.delete(f"/remove/{FIRE_ENGINE}"))[1]["cache_delete_success"] is there
+    assert service.rows() == []
+    assert sql(service.database, "SELECT * FROM attributes") == []
+
+
+async def test_a_year_that_contradicts_the_vin_is_a_warning(service: Service) -> None:
+    """vPIC answers with code 12, and that is passed on."""
+    status, body = await year_told(service, "path", "1HGCM82633A004352", "1999")
+    assert (status, "12" in body["error_code"].split(","), body["make"]) == (200, True, "HONDA")
+
+
+async def test_the_year_goes_to_the_offline_data_too(start: Start) -> None:
+    """Without vPIC the same question has the same answer."""
+    async with start(vpic_url="") as service:
+        for year, told in (("", "2024"), ("1994", "1994")):
+            status, body = await year_told(service, "query", FIRE_ENGINE, year)
+            assert (status, body["model_year"], body["source"]) == (200, told, "offline")
+
+
+# -- Details -----------------------------------------------------------------------------------------------------------
+
+HONDA = "1HGCM82633A004352"
+OF_A_HONDA = {"EngineCylinders": "6", "DisplacementL": "2.998832712", "FuelTypePrimary": "Gasoline"}
+OF_A_HONDA |= {"PlantCity": "MARYSVILLE", "Trim": "EX-V6"}
+
+DETAIL_FORMS: dict[str, dict[str, Any]] = {
+    "query": {"method": "GET", "path": f"/lookup?vin={HONDA}&details=true"},
+    "path": {"method": "GET", "path": f"/lookup/{HONDA}?details=true"},
+    "body": {"method": "POST", "path": "/lookup", "json": {"vin": HONDA, "details": True}},
+    "batch": {"method": "POST", "path": "/lookup/batch", "json": {"vins": [HONDA], "details": True}},
+}
+
+
+async def details_told(service: Service, form: str, prefix: str = "") -> dict[str, Any]:
+    """A lookup with all that vPIC says, in this form."""
+    sent = {**DETAIL_FORMS[form]}
+    status, body, _ = await service.ask(sent.pop("method"), prefix + sent.pop("path"), **sent)
+    assert status == 200
+    return json.loads(body) if isinstance(body, bytes) else body
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("form", DETAIL_FORMS)
+async def test_details_have_every_attribute_that_vpic_gave(
+    service: Service, vpic: PlayedVpic, form: str, prefix: str
+) -> None:
+    """Under vPIC's own names, none empty, none told twice; from the cache they are the same, and others see none."""
+    first = await details_told(service, form, prefix)
+    assert first["attributes"].items() >= OF_A_HONDA.items()
+    assert "GVWR" in first["attributes"]
+    assert not {*main.VPIC_KEYS.values(), *main.DOUBT_KEYS.values()} & {*first["attributes"]}
+    said = {key for key, value in flat(HONDA).items() if value}
+    assert {*first["attributes"]} == said - {*main.VPIC_KEYS.values(), *main.DOUBT_KEYS.values()}
+    again = await details_told(service, form, prefix)
+    assert again == first | {"cached_result": True}
+    assert [*again] == [*first]
+    assert "attributes" not in (await service.lookup(HONDA))[1]
+    assert vpic.calls == [[HONDA]]
+
+
+@pytest.mark.parametrize("form", DETAIL_FORMS)
+async def test_details_that_were_not_kept_are_asked_for(start: Start, vpic: PlayedVpic, form: str) -> None:
+    """Of a row without them vPIC is asked again, and with ATTRIBUTES=false each time."""
+    async with start(attributes=False) as service:
+        await service.lookup(HONDA)
+        for calls in (2, 3):
+            assert (await details_told(service, form))["attributes"].items() >= OF_A_HONDA.items()
+            assert vpic.calls == [[HONDA]] * calls
+        assert sql(service.database, "SELECT * FROM attributes") == []
+    async with start() as service:
+        assert (await service.lookup(HONDA))[1]["cached_result"] is True
+        for cached in (False, True):
+            told = await details_told(service, form)
+            assert (told["cached_result"], told["attributes"]["Trim"]) == (cached, "EX-V6")
+        assert vpic.calls == [[HONDA]] * 4
+
+
+async def test_one_odd_attribute_spoils_nothing(service: Service, vpic: PlayedVpic) -> None:
+    """What is no proper text is left out; the rest is told and kept."""
+    odd = {
+        "Trim": None,
+        "GVWR": 7,
+        "PlantCity": "NUL\0",
+        "Doors": ["4"],
+        "Note": "\ud800",
+        "\ud800": "x",
+        "Extra": " new ",
+    }
+    odd |= {"AdditionalErrorText": None, "PossibleValues": {}}
+    vpic.fault = says(lambda vin: honest(vin, **odd))
+    for _ in range(2):
+        told = await details_told(service, "query")
+        assert (told["make"], told["attributes"]["Extra"]) == ("HONDA", "new")
+        assert (told["additional_error_text"], told["possible_values"]) == ("", "")
+        assert not {"Trim", "GVWR", "PlantCity", "Doors", "Note"} & {*told["attributes"]}
+    assert len(vpic.calls) == 1
+
+
+async def test_attributes_go_with_their_row(start: Start, vpic: PlayedVpic) -> None:
+    """A replaced row has its new ones, a removed or swept one none; a row that is not stored leaves none."""
+
+    def kept(service: Service) -> list[str]:
+        return [json.loads(row[0]).get("Trim") for row in sql(service.database, "SELECT attributes FROM attributes")]
+
+    async with start(keep_expired=10) as service:
+        vpic.fault = says(lambda vin: honest(vin, Trim="OLD"))
+        await service.lookup(HONDA)
+        assert kept(service) == ["OLD"]
+        sql(service.database, "UPDATE vehicles SET expires_at = unixepoch() - 5, source = 'offline'")
+        vpic.fault = says(lambda vin: honest(vin, Trim="NEW"))
+        assert (await details_told(service, "query"))["attributes"]["Trim"] == "NEW"
+        assert kept(service) == ["NEW"]
+        service.expire(days=1)
+        await until(lambda: not service.rows())
+        assert kept(service) == []
+
+
+async def test_offline_answers_have_details_too(start: Start) -> None:
+    """The same attributes under the same names, from the data in the package."""
+    async with start(vpic_url="") as service:
+        for cached in (False, True):
+            told = await details_told(service, "query")
+            assert told["attributes"].items() >= OF_A_HONDA.items()
+            assert (told["source"], told["cached_result"]) == ("offline", cached)
+
+
+# -- Doubts ------------------------------------------------------------------------------------------------------------
+
+FIELD_CASES = {
+    # VIN: make, model, model year, codes, whether vPIC doubts the year, what the possible values begin with
+    "1FUJGLDR69LAC0007": ("FREIGHTLINER", "Cascadia", "2009", "0", False, ""),
+    "1FTFW5L88RFB40007": ("FORD", "F-150", "2024", "0", None, ""),
+    "1FTEW2LPXSKE60007": ("FORD", "F-150", "2025", "0", None, ""),
+    "1FD0W5HT8NED50007": ("FORD", "F-550", "2022", "0", None, ""),
+    "WVGZZZ5NZEW060007": ("VOLKSWAGEN", None, None, "1,5,14,400", None, "(4:ABCDEHJK)"),
+    "WF0KXXGCBKBJ10007": ("FORD", None, None, "1,8,400", None, ""),
+    "ZACCJBBT0fPB60007": ("JEEP", "Renegade", "2015", "0", False, ""),
+    "1XPBDK9X0LD700007": ("PETERBILT", None, None, "0", None, ""),
+    "3AKJHHDR3KSKF0007": ("FREIGHTLINER", None, None, "0", None, ""),
+    "5LMFU28525L310007": ("LINCOLN", None, None, "1", None, ""),
+    TRUCK: ("PETERBILT", "388", "2014", "0", True, ""),
+    FIRE_ENGINE: (None, None, "2024", "0", True, ""),
+    HONDA: ("HONDA", "Accord", "2003", "0", False, ""),
+}
+
+
+@pytest.mark.parametrize("vin", FIELD_CASES)
+async def test_cases_from_the_field(service: Service, vin: str) -> None:
+    """VINs that others had trouble with: told as vPIC tells them, with its doubts and what it could not read."""
+    make, model, model_year, codes, doubt, possible = FIELD_CASES[vin]
+    for _ in range(2):
+        status, body = await service.lookup(vin)
+        assert (status, body["vin"], body["error_code"]) == (200, vin.upper(), codes)
+        for word, expected in (("make", make), ("model", model), ("model_year", model_year)):
+            assert expected in (None, body[word])
+        assert doubt is None or (body["additional_error_text"] == DOUBT) is doubt
+        assert body["possible_values"].startswith(possible)
 
 
 # ======================================================================================================================
