@@ -834,20 +834,12 @@ SNAPSHOT = f"SELECT {', '.join(COLUMNS)} FROM vehicles"  # noqa: S608 - as above
 # Any number of records at once: the columns, then the attributes, then the removal that was known when the fetching
 # began. What was decoded offline never replaces vPIC's word, and what was removed meanwhile is not put back.
 STORE = f"""
-INSERT OR REPLACE INTO vehicles ({", ".join(COLUMNS)})
-SELECT {", ".join(f"value ->> {index}" for index in range(len(COLUMNS)))}
+INSERT INTO records ({", ".join(Record._fields)})
+SELECT {", ".join(f"value ->> {index}" for index in range(len(Record._fields)))}
 FROM json_each(?)
-WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {len(COLUMNS) + 1}
+WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {len(Record._fields)}
   AND (value ->> 11 = 'vpic' OR NOT EXISTS (
     SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND model_year_asked = value ->> 1 AND source = 'vpic'))
-"""  # noqa: S608 - as above
-
-STORE_ATTRIBUTES = f"""
-INSERT INTO attributes (vin, model_year_asked, attributes)
-SELECT vin, model_year_asked, value ->> {len(COLUMNS)}
-FROM json_each(?) CROSS JOIN vehicles ON vin = value ->> 0 AND model_year_asked = value ->> 1
-WHERE value ->> {len(COLUMNS)} IS NOT NULL AND source = value ->> 11 AND fetched_at = value ->> 13
-ON CONFLICT DO NOTHING
 """  # noqa: S608 - as above
 
 EXTEND = """
@@ -871,10 +863,8 @@ SWEEP = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 
 # More than a page, really written: it finds a locked file, a read-only one and a full disk.
 PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) VALUES ('', '', hex(zeroblob(4096)))"
-PROBED = "DELETE FROM attributes WHERE vin = ''"
 
 Rows = list[tuple[Any, ...]]
-Statement = tuple[str, Sequence[Any]]
 
 
 class StoreFault(Exception):
@@ -957,9 +947,10 @@ class OpenFile(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Statements to be written in one transaction, not later than a time (loop time); `rows` are the last one's."""
+    """A statement that writes, to be carried out before a time (loop time)."""
 
-    statements: Sequence[Statement]
+    statement: str
+    parameters: Sequence[Any]
     deadline: float
     rows: asyncio.Future[Rows]
 
@@ -1084,13 +1075,13 @@ class FileStore:
                 if file is self._file or self._file is None:
                     raise StoreFault(reason(error)) from error
 
-    async def write(self, *statements: Statement) -> Rows:
-        """Carry the statements out in one transaction; the rows that the last one returns.
+    async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
+        """Carry the statement out, which is a transaction; the rows that it returns.
 
         Raises StoreFault if nothing was written, within `busy_timeout`, the wait for the writes before it included. A
         caller that leaves breaks nothing off."""
         loop = asyncio.get_running_loop()
-        job = Job(statements, loop.time() + self._busy_timeout, loop.create_future())
+        job = Job(statement, parameters, loop.time() + self._busy_timeout, loop.create_future())
         self._jobs.put_nowait(job)
         return await job.rows
 
@@ -1117,14 +1108,8 @@ class FileStore:
             try:
                 # SQLite's own wait is the only one: what is told is what happened.
                 await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
-                await file.writer.execute_fetchall("BEGIN IMMEDIATE")
-                for statement, parameters in job.statements:
-                    rows = await file.writer.execute_fetchall(statement, parameters)
-                await file.writer.execute_fetchall("COMMIT")
-                return cast(Rows, rows)
+                return cast(Rows, await file.writer.execute_fetchall(job.statement, job.parameters))
             except sqlite3.Error as error:
-                if file.writer.in_transaction:
-                    await file.writer.rollback()
                 if last or not is_damage(error):
                     raise
                 await self._replace(file, str(error), damaged=True)
@@ -1236,9 +1221,9 @@ class Cache:
             self._no_fault("read")
         return rows
 
-    async def _write(self, *statements: Statement) -> Rows:
+    async def _write(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
         try:
-            rows = await self._store.write(*statements)
+            rows = await self._store.write(statement, parameters)
         except StoreFault as fault:
             self._fault("written", str(fault))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
@@ -1280,18 +1265,19 @@ class Cache:
         are not cached. Returns within `busy_timeout`."""
         rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
-            await self._write((STORE, (rows,)), (STORE_ATTRIBUTES, (rows,)))
+            await self._write(STORE, (rows,))
 
     async def extend(self, questions: Sequence[Question], expires_at: int) -> None:
         """Let the rows of these questions count as fresh until `expires_at` (unix seconds)."""
         with suppress(CacheUnavailable):
-            await self._write((EXTEND, (expires_at, json.dumps(questions))))
+            await self._write(EXTEND, (expires_at, json.dumps(questions)))
 
     async def remove(self, vin: str) -> bool:
         """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
 
         Raises CacheUnavailable, and then nothing was removed."""
-        return bool(await self._write((REMOVAL, (vin, time.time_ns())), (REMOVE, (vin,))))
+        await self._write(REMOVAL, (vin, time.time_ns()))  # first: from now on no fetching puts it back
+        return bool(await self._write(REMOVE, (vin,)))
 
     async def removal(self, question: Question) -> int | None:
         """Which removal was the last of this VIN."""
@@ -1306,10 +1292,10 @@ class Cache:
                 while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
                     [(upto, expired)] = bite
                     if expired:
-                        await self._write((SWEEP, (last, upto, cutoff)))
+                        await self._write(SWEEP, (last, upto, cutoff))
                     last = upto
                     await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
-                await self._write((FORGET_REMOVALS, (time.time_ns() - REMOVALS_KEPT * 10**9,)))
+                await self._write(FORGET_REMOVALS, (time.time_ns() - REMOVALS_KEPT * 10**9,))
             await asyncio.sleep(min(3600, max(1, keep_expired / 10)))
 
     async def check(self) -> str:
@@ -1322,7 +1308,7 @@ class Cache:
 
     async def _check(self) -> str:
         with suppress(CacheUnavailable):  # first: a write opens anew what was moved or deleted
-            await self._write((PROBE, ()), (PROBED, ()))
+            await self._write(PROBE)
         await self._read(REMOVED_AT, ("",))
         self._checked_at = time.monotonic()
         return "; ".join(f"cannot be {kind}: {why}" for kind, why in self._faults.items()) or "ok"
@@ -1948,7 +1934,9 @@ class Lookups:
         try:
             rest, records = await self._look_again(tickets)
             if rest:
-                patience = self._settings.vpic_timeout if len(rest) == 1 else self._settings.vpic_batch_timeout
+                # Of lookups that share a call none waits longer than one that is alone.
+                alone = len(rest) == 1 or not background
+                patience = self._settings.vpic_timeout if alone else self._settings.vpic_batch_timeout
                 deadline = asyncio.get_running_loop().time() + patience
                 decoded = await cast(Vpic, self._vpic).decode([ticket.question for ticket in rest], deadline)
         except VpicUnavailable as error:

@@ -34,8 +34,18 @@ CREATE TABLE IF NOT EXISTS attributes (
     PRIMARY KEY (vin, model_year_asked)
 ) STRICT;
 
-CREATE TRIGGER IF NOT EXISTS attributes_replaced AFTER INSERT ON vehicles BEGIN
+-- A row and its attributes as one, so that a single statement stores both.
+CREATE VIEW IF NOT EXISTS records AS
+SELECT vehicles.*, attributes.attributes FROM vehicles LEFT JOIN attributes USING (vin, model_year_asked);
+
+CREATE TRIGGER IF NOT EXISTS records_stored INSTEAD OF INSERT ON records BEGIN
+    INSERT OR REPLACE INTO vehicles VALUES (
+        new.vin, new.model_year_asked, new.make, new.model, new.model_year, new.body_class, new.error_code,
+        new.error_text, new.additional_error_text, new.suggested_vin, new.possible_values, new.source,
+        new.decoded, new.fetched_at, new.expires_at
+    );
     DELETE FROM attributes WHERE vin = new.vin AND model_year_asked = new.model_year_asked;
+    INSERT INTO attributes SELECT new.vin, new.model_year_asked, new.attributes WHERE new.attributes IS NOT NULL;
 END;
 
 CREATE TRIGGER IF NOT EXISTS attributes_removed AFTER DELETE ON vehicles BEGIN

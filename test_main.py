@@ -1622,7 +1622,7 @@ async def test_many_who_ask_for_readiness_share_one_probe(start: Start) -> None:
         writer = service.state["cache"]._store._file.writer
         before = writer.total_changes
         assert {status for status, _ in await asyncio.gather(*[service.get("/readyz") for _ in range(100)])} == {200}
-        assert 2 <= writer.total_changes - before <= 6  # a probe is two changes
+        assert 1 <= writer.total_changes - before <= 5
 
 
 async def test_a_start_waits_for_a_locked_file(start: Start, tmp_path: Path) -> None:
