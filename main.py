@@ -1,22 +1,24 @@
 """vincache: an async microservice that decodes VINs with NHTSA's vPIC, once, and remembers the answer.
 
 The journey of a VIN:
-  1. `Door` lets the request in: the key, then the client's rate limit, then the size of the body.
-  2. `HitFirst` answers a cached VIN at once: one statement, one thread hop. Most journeys end here.
-  3. `normalize_vin` makes a `Vin` of what was sent, or a 422; `Lookups.lookup` takes it from there.
-  4. `Lookups._land` joins the flight of this VIN that is under way, or lets `_take_off` start one.
-  5. `Vpic.decode` asks vPIC inside one deadline: its turn, retries, breaker; `parse` trusts nothing it reads.
-  6. If vPIC can't be used, `Lookups._fall_back` serves the expired row, else `decode_offline`'s word, else the failure.
+  1. `Front` lets the request in: the prefix, the key, the client's limit, the size of the body.
+  2. It answers a cached VIN at once, by `Cache.hit`. Most journeys end here; one that has expired, but not for long, too.
+  3. Else `normalize_vin` makes a `Vin` of what was sent, or a 422, and `Lookups.lookup` takes the question from there.
+  4. `_join` shares the ticket of this question that is under way, or `Counter` has a new one wait for a place.
+  5. `_fly` asks vPIC for those who board together; `Vpic.decode` has the retries, the rate and the breaker.
+  6. If vPIC can't be used, `_fall_back` serves the expired row, else `decode_offline`'s word, else the failure.
   7. `Cache.store` keeps what is new, and the caller gets its `Answer`.
-A batch is many journeys in flights of 50; an export is one look at the whole table, written by a process of its own.
+A batch is many such journeys, told in order; an export is one look at the whole table, by a process of its own.
 
 Glossary:
   VIN         vehicle identification number, 17 letters and digits
+  question    what is asked and cached: a VIN, and the model year where it is given
   vPIC        NHTSA's public decoder; "asking vPIC" is one HTTP call to it, for one VIN or for 50
   decodable   vPIC knows a make for the VIN; an undecodable VIN is an answer too, and is cached
   record      a row of the table `vehicles`: what was decoded, by whom, when, and until when it is fresh
-  flight      the one fetching of a VIN that all who ask for it at that moment share
-  stale       a row past its `expires_at`, served because vPIC can't be used
+  ticket      a question that waits for vPIC or is being asked, shared by all who ask it at that moment
+  place       one of the few calls to vPIC that may be under way at once
+  stale       a row past its `expires_at`, served in its grace, or because vPIC can't be used
 """
 
 import asyncio

@@ -1093,6 +1093,8 @@ def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
 async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """FASTAPI_OTEL_AUTO_CONFIGURE and an endpoint are all it takes; lookups, spans and HTTP metrics arrive."""
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
     received: dict[str, bytes] = {}
 
     async def receive(request: web.Request) -> web.Response:
@@ -1104,10 +1106,16 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
         process = await launch().started()
-        await ask(f"{process.url}/lookup/{TRUCK}")
+        for _ in range(3):
+            await ask(f"{process.url}/lookup/{TRUCK}")
         process.signal(signal.SIGTERM)  # what is left goes out at the end
         await process.ended()
     assert b"/lookup/{vin}" in received["/v1/traces"]
+    # Hits are seen too, though they never reach a route.
+    traces = ExportTraceServiceRequest.FromString(received["/v1/traces"])
+    spans = [span for resource in traces.resource_spans for scope in resource.scope_spans for span in scope.spans]
+    paths = [value.value.string_value for span in spans for value in span.attributes if value.key == "url.path"]
+    assert paths.count(f"/lookup/{TRUCK}") == 3
     for name in (b"vincache.lookups", b"vincache.vpic.duration", b"vincache.vpic.breaker", b"http.server.request.dur"):
         assert name in received["/v1/metrics"]
 
