@@ -2,7 +2,7 @@
 
 The journey of a VIN:
   1. `Front` lets the request in: the prefix, the key, the client's limit, the size of the body.
-  2. It answers a cached VIN at once, by `Cache.hit`. Most journeys end here; one that has expired, but not for long, too.
+  2. It answers a cached VIN at once, by `Cache.hit`: most journeys end here, also of those that have just expired.
   3. Else `normalize_vin` makes a `Vin` of what was sent, or a 422, and `Lookups.lookup` takes the question from there.
   4. `_join` shares the ticket of this question that is under way, or `Counter` has a new one wait for a place.
   5. `_fly` asks vPIC for those who board together; `Vpic.decode` has the retries, the rate and the breaker.
@@ -1006,6 +1006,7 @@ class FileStore:
                     ]
                     for connection in (reader, writer):
                         await connection.executescript(schema())
+                    await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
                     parts = {part: identity(f"{path}{part}") for part in PARTS}
                     return OpenFile(path, parts, reader, writer, connections.pop_all())
             except sqlite3.Error as error:
@@ -1017,9 +1018,8 @@ class FileStore:
     async def _current(self) -> OpenFile:
         """The file, opened anew if what is at the path is no longer it: a ghost is never written to."""
         file = self._file
-        if file is not None and not (fault := file.fault()):
-            return file
-        return await self._replace(file, fault if file else MOVED, damaged=fault == EMPTIED if file else False)
+        fault = file.fault() if file else MOVED
+        return await self._replace(file, fault, damaged=fault == EMPTIED) if fault else cast(OpenFile, file)
 
     async def _replace(self, file: OpenFile | None, cause: str, *, damaged: bool) -> OpenFile:
         """Retire `file` and open what is at the path now; unless that was done since."""
@@ -1090,16 +1090,20 @@ class FileStore:
     async def _write_jobs(self) -> None:
         while True:
             job = await self._jobs.get()
+            rows: Rows = []
+            fault: Exception | None = None
             try:
                 rows = await self._write(job)
-            except (sqlite3.Error, ValueError, OSError, StartupError) as error:
-                if not job.rows.done():
-                    job.rows.set_exception(StoreFault(reason(error)))
-            else:
-                if not job.rows.done():
+            except (sqlite3.Error, OSError, StartupError) as error:
+                fault = StoreFault(reason(error))
+            except Exception as bug:  # noqa: BLE001 - it is its caller's; the next ones need this task
+                fault = bug
+            self._jobs.task_done()
+            if not job.rows.done():  # else its caller has left
+                if fault is None:
                     job.rows.set_result(rows)
-            finally:
-                self._jobs.task_done()
+                else:
+                    job.rows.set_exception(fault)
 
     async def _write(self, job: Job) -> Rows:
         for last in (False, True):
