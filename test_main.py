@@ -3232,6 +3232,25 @@ async def test_no_exporting_process_outlives_its_server(launch: Launch, tmp_path
     await until(lambda: not Path(f"/proc/{pid}").exists())
 
 
+@NEEDS_PROC
+async def test_an_export_without_descriptors_is_a_sentence(launch: Launch) -> None:
+    """Where the process may open no more files, the export is a 503; when it may again, it works."""
+    process = await launch(through=["bash", "-c", 'ulimit -n 64; exec "$@"', "-"], vpic_url="").started()
+    open_files = Path(f"/proc/{process.pid}/fd")
+    async with aiohttp.ClientSession(process.url) as client, client.get("/healthz"):
+        idle = []
+        while len([*open_files.iterdir()]) < 63:
+            idle.append(await asyncio.open_connection("127.0.0.1", process.port))
+            await asyncio.sleep(0.01)
+        async with client.get("/export") as response:
+            assert (response.status, [*await response.json()]) == (503, ["detail"])
+        for _, writer in idle:
+            writer.transport.abort()
+        await until(lambda: len([*open_files.iterdir()]) < 40)
+        async with client.get("/export") as response:
+            assert (response.status, (await response.read())[:4]) == (200, b"PAR1")
+
+
 async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path) -> None:
     """The export is refused with a sentence, the damaged file moved aside; the next export is of the fresh one."""
     fill(tmp_path / "cache.db", 10_000, 200)
