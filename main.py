@@ -61,6 +61,7 @@ import aiohttp
 import aiosqlite
 import limits.errors
 import stamina
+from dotenv import dotenv_values
 from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
@@ -107,13 +108,28 @@ class StartupError(Exception):
     """One sentence that tells the operator why the service does not start."""
 
 
+def hint(name: str, known: Iterable[str]) -> str:
+    """For the end of an error: the known name that may have been meant, if there is one."""
+    plain = {re.sub("[^a-z]", "", word.lower()): word for word in known}
+    meant = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
+    return f" (did you mean {plain[meant[0]]}?)" if meant else ""
+
+
 def check_url(url: str) -> str:
-    """The URL without a trailing slash. Raises ValueError unless it is empty or an http(s) URL with a host."""
+    """The URL without a trailing slash. Raises ValueError unless it is empty or an http(s) URL with a host and no
+    more than a path, to which ours are added."""
     parts = urlsplit(url)
     _ = parts.port  # raises, too
-    if url and (parts.scheme not in ("http", "https") or not parts.hostname):
-        raise ValueError("not an http or https URL (empty means: offline only)")
+    if url and (parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s?#]", url)):
+        raise ValueError("not an http or https URL without blanks, query and fragment (empty means: offline only)")
     return url.rstrip("/")
+
+
+def check_blanks(url: str) -> str:
+    """The URL as given. Raises ValueError if there are blanks in it."""
+    if re.search(r"\s", url):
+        raise ValueError("a URL has no blanks")
+    return url
 
 
 def check_limit(limit: str) -> str:
@@ -136,14 +152,19 @@ Limit = Annotated[str, AfterValidator(check_limit)]
 
 
 def mask(text: str) -> str:
-    """The text without the credentials in its URLs."""
-    return re.sub(r"://[^/\s]*@", "://***@", text)
+    """The text without the credentials in its URLs: a user and a password, and the values of a query."""
+    return re.sub(r"([?&][^=&\s]*=)[^&\s]*", r"\1***", re.sub(r"://\S*@", "://***@", text))
+
+
+ENV_FILE, ENV_ENCODING = ".env", "utf-8-sig"  # an editor may have put a BOM in front
 
 
 class Settings(BaseSettings):
     """The environment variables `VINCACHE_*`, or the same lines in `.env`; durations are seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="VINCACHE_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="VINCACHE_", env_file=ENV_FILE, env_file_encoding=ENV_ENCODING, extra="ignore", frozen=True
+    )
 
     database: Path = Path("vincache.db")  # the cache: an SQLite file, made if it is missing
     ttl: Seconds = 30 * 86400  # a decoded VIN is fresh this long: vPIC's data drift with its releases
@@ -167,10 +188,14 @@ class Settings(BaseSettings):
     batch_limit: Annotated[int, Field(gt=0, le=100_000)] = 10_000  # VINs in one batch
     export_limit: Limit = "10/minute"  # exports per client; empty: no limit
     lookup_limit: Limit = ""  # lookups per client, a batch counts its VINs; empty: no limit
-    rate_storage: str = "async+memory://"  # where clients and calls to vPIC are counted; `async+redis://...` is shared
+    rate_storage: Annotated[str, AfterValidator(check_blanks)] = (
+        "async+memory://"  # where clients and calls to vPIC are counted; `async+redis://...` is shared
+    )
     api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: open to all
     private: bool = False  # the lookups want the key too
     log: Literal["text", "json"] = "text"  # one line an event either way
+    log_vins: bool = True  # false: our log lines have 1XP..........5307 for a VIN
+    metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
 
     @property
     def api_keys(self) -> list[str]:
@@ -180,6 +205,8 @@ class Settings(BaseSettings):
     def check_together(self) -> "Settings":
         if not self.vpic_url and not self.offline:
             raise ValueError("VINCACHE_VPIC_URL is empty and VINCACHE_OFFLINE is false: nothing is left to decode with")
+        if self.api_key.get_secret_value() and not self.api_keys:
+            raise ValueError("VINCACHE_API_KEY is set but has no key in it: all would be open")
         if self.private and not self.api_keys:
             raise ValueError("VINCACHE_PRIVATE is true but VINCACHE_API_KEY is empty: nobody could come in")
         return self
@@ -189,16 +216,33 @@ class Settings(BaseSettings):
         return " ".join(f"{name}={mask(str(value))}" for name, value in self)
 
 
+# What Kubernetes puts into every container's environment for a service that is called vincache.
+KUBERNETES = re.compile(r"(SERVICE_HOST|SERVICE_PORT|PORT)(_|$)")
+
+
+def unknown_settings() -> list[str]:
+    """A fault for each variable that looks like one of ours: a typo must not leave a door open."""
+    known = [name.upper() for name in Settings.model_fields]
+    given = {name.upper() for name in (*os.environ, *dotenv_values(ENV_FILE, encoding=ENV_ENCODING))}
+    unknown = sorted(name[9:] for name in given if name.startswith("VINCACHE_") and name[9:] not in known)
+    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown if not KUBERNETES.match(name)]
+
+
 def read_settings() -> Settings:
     """The settings. Raises StartupError with a sentence that names each bad one."""
     try:
-        return Settings()
+        faults = unknown_settings()
+        settings = Settings()
+    except UnicodeDecodeError:
+        faults = [f"{ENV_FILE} is not UTF-8"]
     except ValidationError as error:
-        faults = [
+        faults += [
             "".join(f"VINCACHE_{name}: ".upper() for name in fault["loc"]) + fault["msg"].removeprefix("Value error, ")
             for fault in error.errors()
         ]
-        raise StartupError("bad settings: " + "; ".join(faults)) from None
+    if faults:
+        raise StartupError("bad settings: " + "; ".join(faults))
+    return settings
 
 
 # ======================================================================================================================
@@ -288,19 +332,12 @@ def model_year_of(question: Question) -> str:
     return question[18:]
 
 
-def near(name: str, known: Collection[str]) -> str:
-    """`name` for an error, cut short, with the known one that may have been meant."""
-    plain = {re.sub("[^a-z]", "", word.lower()): word for word in known}
-    meant = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
-    return ascii(name[:40]) + (f" (did you mean {plain[meant[0]]}?)" if meant else "")
-
-
 def refuse_unknown(given: Collection[str], known: Collection[str], what: str) -> None:
     """Raises if a name is given that is not known, in one sentence however many: an answer must not look as if it had
     honoured what it ignored."""
     unknown = [name for name in given if name not in known]
     if unknown:
-        named = ", ".join(near(name, known) for name in unknown[:3])
+        named = ", ".join(ascii(name[:40]) + hint(name, known) for name in unknown[:3])
         more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
         raise PydanticCustomError("unknown", "Unknown {what}: {named}", {"what": what, "named": named + more})
 
@@ -612,8 +649,20 @@ vpic_duration = meter.create_histogram("vincache.vpic.duration", "s", "Duration 
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
-def open_log(form: Literal["text", "json"]) -> None:
-    """Give our lines and uvicorn's one form: plain text or JSON, with UTC times."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z]{17}(?![0-9A-Za-z])")
+
+
+class OneLine(logging.Formatter):
+    """Plain text, one line an event, whatever comes in from outside or with a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return CONTROL.sub(lambda control: ascii(control[0])[1:-1], super().format(record).rstrip())
+
+
+def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
+    """Give our lines and uvicorn's one form: plain text or JSON, with UTC times. Ours are without credentials, and
+    without VINs if so told."""
     formatter: logging.Formatter
     if form == "json":
         formatter = JsonFormatter(
@@ -624,7 +673,7 @@ def open_log(form: Literal["text", "json"]) -> None:
             reserved_attrs=[*vars(logging.makeLogRecord({})), "color_message", "message", "asctime"],
         )
     else:
-        formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
+        formatter = OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
     formatter.converter = time.gmtime
     root = logging.getLogger()
     if not root.handlers:
@@ -633,7 +682,55 @@ def open_log(form: Literal["text", "json"]) -> None:
     for name in ("uvicorn", "uvicorn.access"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(formatter)
+
+    def discreet(said: str) -> str:
+        masked = mask(said)
+        return masked if log_vins else LIKE_A_VIN.sub(lambda vin: f"{vin[0][:3]}{'.' * 10}{vin[0][-4:]}", masked)
+
+    def make_discreet(record: logging.LogRecord) -> bool:
+        record.msg, record.args = discreet(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text, record.exc_info = discreet(OneLine().formatException(record.exc_info)), None
+        return True
+
+    log.filters[:] = [make_discreet]
     log.setLevel(logging.INFO)
+
+
+Scrape = Callable[[str], tuple[bytes, str]]
+
+
+@asynccontextmanager
+async def open_metrics(wanted: bool) -> AsyncIterator[Scrape | None]:
+    """What Prometheus is told, by its Accept header: a body and its content type; None unless wanted.
+
+    Raises StartupError where OpenTelemetry's exporter is not installed."""
+    if not wanted:
+        yield None
+        return
+    try:
+        from opentelemetry.exporter.prometheus import PrometheusMetricReader
+        from opentelemetry.sdk.metrics import MeterProvider
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import choose_encoder
+    except ImportError:
+        why = "VINCACHE_METRICS is true but opentelemetry-exporter-prometheus is not installed"
+        raise StartupError(f"bad settings: {why}") from None
+    if not isinstance(metrics.get_meter_provider(), MeterProvider):  # FastAPI's, where telemetry leaves by OTLP
+        metrics.set_meter_provider(MeterProvider())
+    provider = cast(MeterProvider, metrics.get_meter_provider())
+    registry = CollectorRegistry()
+    reader = PrometheusMetricReader(registry=registry)
+    provider.add_metric_reader(reader)
+
+    def tell(accept: str) -> tuple[bytes, str]:
+        encode, content_type = choose_encoder(accept)
+        return encode(registry), content_type
+
+    try:
+        yield tell
+    finally:
+        provider.remove_metric_reader(reader)
 
 
 # ======================================================================================================================
@@ -761,7 +858,7 @@ class Rates:
         except Exception as error:  # noqa: BLE001 - a client library's: it may be anything, and must not cost an answer
             self._rest_ends = time.monotonic() + STORAGE_REST
             if not self._failing:
-                why = mask(" ".join(str(error).split())) or "no answer"
+                why = str(error) or "no answer"
                 log.warning(
                     "VINCACHE_RATE_STORAGE fails (%s): clients are not counted, vPIC's calls by each for itself", why
                 )
@@ -1386,6 +1483,8 @@ def refuse_constant(name: str) -> None:
 
 def parse(body: bytes, vins: Collection[str]) -> dict[str, Decoded]:
     """What an answer of vPIC says of `vins`, those it fails to describe left out. Raises ValueError if that is all."""
+    if re.match(rb"\s*<(!doctype )?html", body, re.IGNORECASE):
+        raise ValueError("an HTML page")
     try:
         answer = json.loads(body.decode("utf-8-sig"), parse_constant=refuse_constant)
     except RecursionError:
@@ -1553,8 +1652,7 @@ class Vpic:
             outcome = {503: "refused", 504: "timeout"}.get(error.status, "failed")
             others = f" and {len(questions) - 1} more" if len(questions) > 1 else ""
             took = time.perf_counter() - started
-            cause = " ".join(error.cause.split())  # aiohttp's have line breaks in them
-            log.warning("vPIC call failed: %s%s: %s after %.2f s", vin_of(questions[0]), others, cause, took)
+            log.warning("vPIC call failed: %s%s: %s after %.2f s", vin_of(questions[0]), others, error.cause, took)
             raise
         finally:
             vpic_duration.record(time.perf_counter() - started, {"outcome": outcome})
@@ -2353,7 +2451,7 @@ async def pieces(parquet: mmap.mmap) -> AsyncIterator[bytes]:
 # 429, then 413, then 422.
 # ======================================================================================================================
 
-Tag = Literal["lookup", "remove", "export"]  # what a request is about: the first part of its path
+Tag = Literal["lookup", "remove", "export", "metrics"]  # what a request is about: the first part of its path
 
 BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
 
@@ -2368,7 +2466,7 @@ class Doors:
         self._keys = [key.encode() for key in settings.api_keys]
         self._locked: set[Tag] = set()
         if self._keys:
-            self._locked = {"remove", "export", "lookup"} if settings.private else {"remove", "export"}
+            self._locked = {"remove", "export", "metrics", *(("lookup",) if settings.private else ())}
         else:
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
@@ -2437,6 +2535,7 @@ class State(TypedDict):
     lookups: Lookups
     exporter: Exporter
     doors: Doors
+    scrape: Scrape | None
 
 
 @asynccontextmanager
@@ -2446,9 +2545,10 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         settings = read_settings()
         if not settings.vpic_url and not offline_installed():
             raise StartupError("bad settings: VINCACHE_VPIC_URL is empty and the package ultravin is not installed")
-        open_log(settings.log)
+        open_log(settings.log, settings.log_vins)
         log.info("settings: %s", settings)
         async with (
+            open_metrics(settings.metrics) as scrape,
             Rates(settings.rate_storage, settings.vpic_rate) as rates,
             FileStore(settings.database, settings.busy_timeout) as store,
             open_vpic(settings, rates) as vpic,
@@ -2460,7 +2560,15 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             # What is there now stays: the collector need not look through it again at every few requests.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
-            yield State(settings=settings, cache=cache, vpic=vpic, lookups=lookups, exporter=exporter, doors=doors)
+            yield State(
+                settings=settings,
+                cache=cache,
+                vpic=vpic,
+                lookups=lookups,
+                exporter=exporter,
+                doors=doors,
+                scrape=scrape,
+            )
     except StartupError:
         sys.tracebacklimit = 0  # Starlette prints a traceback: without its frames, a sentence is left
         raise
@@ -2476,7 +2584,7 @@ PREFIX = "/api/v1"
 # A lookup as services send it, a normal VIN and nothing else: to let FastAPI take it apart takes longer than the hit.
 CANONICAL = re.compile(r"/lookup(?:\?vin=([0-9A-Z]{17})|/([0-9A-Z]{17})\?)")
 
-TAGS: dict[str, Tag] = {"lookup": "lookup", "remove": "remove", "export": "export"}
+TAGS: dict[str, Tag] = {"lookup": "lookup", "remove": "remove", "export": "export", "metrics": "metrics"}
 
 
 class Front:
@@ -2685,6 +2793,24 @@ async def readyz(request: Request, response: Response) -> Readiness:
     )
 
 
+@app.get("/metrics", include_in_schema=False)
+async def scraped(request: Request) -> Response:
+    """What Prometheus collects; 404 unless the settings want it."""
+    scrape: Scrape | None = request.state.scrape
+    if scrape is None:
+        raise HTTPException(404)
+    body, content_type = scrape(request.headers.get("Accept", ""))
+    return Response(body, headers={"Content-Type": content_type})
+
+
 @app.get("/", include_in_schema=False)
 async def index() -> RedirectResponse:
     return RedirectResponse("docs")  # relative: under the prefix and behind a proxy, too
+
+
+# Now, so that uvicorn's first lines have the form too; a bad setting is told by the lifespan.
+try:
+    first = read_settings()
+    open_log(first.log, first.log_vins)
+except StartupError:
+    open_log("text", log_vins=True)
