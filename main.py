@@ -1073,7 +1073,10 @@ class FileStore:
             async with alone(self._path.resolve().parent):
                 self._file = await self._open(max(START_PATIENCE, self._busy_timeout))
         except (sqlite3.Error, OSError) as error:
-            raise StartupError(f"VINCACHE_DATABASE: {self._path} cannot be opened and written: {error}") from None
+            us = f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"  # a mounted folder may be somebody else's
+            raise StartupError(
+                f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}"
+            ) from None
         log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
         await self._tasks.enter_async_context(background(self._write_jobs()))
         await self._tasks.enter_async_context(background(self._watch()))

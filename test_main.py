@@ -1773,6 +1773,7 @@ async def test_a_control_character_does_not_spoil_the_export(start: Start, vpic:
 
 # Root may do everything; without these two rights it may do what the file's mode says, as anybody.
 AS_ANYBODY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+BY_US = f"cannot be opened and written by uid {os.geteuid()}: "
 NEEDS_SETPRIV = pytest.mark.skipif(bool(AS_ANYBODY and not shutil.which("setpriv")), reason="no setpriv for root")
 
 
@@ -1785,8 +1786,8 @@ NEEDS_SETPRIV = pytest.mark.skipif(bool(AS_ANYBODY and not shutil.which("setpriv
         pytest.param(lambda folder: folder / "none" / "cache.db", "cannot be opened", id="no such folder"),
         pytest.param(lambda folder: folder, "cannot be opened", id="a folder"),
         pytest.param(lambda _: Path("/proc/cache.db"), "cannot be opened", id="no file can be there"),
-        pytest.param(without_right_to_folder, "cannot be opened", id="no right to folder", marks=NEEDS_SETPRIV),
-        pytest.param(without_right_to_file, "cannot be opened", id="no right to file", marks=NEEDS_SETPRIV),
+        pytest.param(without_right_to_folder, BY_US, id="no right to folder", marks=NEEDS_SETPRIV),
+        pytest.param(without_right_to_file, BY_US, id="no right to file", marks=NEEDS_SETPRIV),
     ],
 )
 async def test_a_file_that_cannot_be_the_cache_stops_the_start_untouched(
