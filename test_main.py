@@ -3424,12 +3424,9 @@ async def test_private_service_wants_the_key_for_lookups_too(start: Start, vpic:
             assert (await service.get(path))[0] == 200
 
 
-@pytest.mark.parametrize("key", ["", " , "], ids=["empty", "commas"])
-async def test_service_without_a_key_is_open_and_says_so_once(
-    start: Start, caplog: pytest.LogCaptureFixture, key: str
-) -> None:
+async def test_service_without_a_key_is_open_and_says_so_once(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     """Without a key all is open, whatever is sent; one warning tells the operator."""
-    async with start(api_key=key) as service:
+    async with start(api_key="") as service:
         for form in GUARDED:
             assert (await service.send(form, TRUCK))[0] == 200
             assert (await service.send(form, TRUCK, headers={"X-API-Key": "any"}))[0] == 200
