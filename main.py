@@ -2229,12 +2229,13 @@ def serve_exports() -> None:
             schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
             types = {field.name: pd.ArrowDtype(field.type) for field in schema}
             # The rows come in the order of their VINs, all different: statistics serve a search for those, and for
-            # times; a dictionary serves any column whose values come again.
+            # times, a dictionary serves a column whose values come again.
+            repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
             with ParquetWriter(
                 out,
                 schema,
                 compression=compression,
-                use_dictionary=[*{*schema.names} - {"vin", "attributes"}],  # type: ignore[arg-type]  # its stub: no list
+                use_dictionary=repeating,
                 write_statistics=["vin", "fetched_at", "expires_at"],
             ) as parquet:
                 for batch in rows:
