@@ -2266,23 +2266,20 @@ class Kind(NamedTuple):
     details: bool
 
 
-class Snapshot(os.PathLike[str]):
-    """A Parquet file in memory; where the system has no such thing, a temporary file. Its path leads to it for as long
-    as somebody has hold of this object."""
+class Snapshot:
+    """A Parquet file in memory; where the system has no such thing, a temporary file. `path` leads to it for as long as
+    somebody has hold of this object."""
 
     def __init__(self) -> None:
         self.taken, self.age_began = time.time(), time.monotonic()
         self.etag = f'"{secrets.token_hex(16)}"'
         if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
             self.file = os.memfd_create("export")
-            self._path = f"/proc/self/fd/{self.file}"
+            self.path = f"/proc/self/fd/{self.file}"
         else:
-            self.file, self._path = tempfile.mkstemp(".parquet", "vincache-")
-            weakref.finalize(self, os.unlink, self._path)
+            self.file, self.path = tempfile.mkstemp(".parquet", "vincache-")
+            weakref.finalize(self, os.unlink, self.path)
         weakref.finalize(self, os.close, self.file)  # the last one runs first
-
-    def __fspath__(self) -> str:
-        return self._path
 
     def is_older_than(self, seconds: float) -> bool:
         return time.monotonic() > self.age_began + seconds
@@ -2679,6 +2676,26 @@ async def look_up(request: Request, question: Question, details: bool) -> Respon
         leaving.cancel()
 
 
+class SnapshotResponse(FileResponse):
+    """A snapshot, or what the request wants of it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot: Snapshot | None = snapshot
+        super().__init__(
+            snapshot.path,
+            headers={"ETag": snapshot.etag, "Last-Modified": formatdate(snapshot.taken, usegmt=True)},
+            media_type=PARQUET,
+            filename=f"vincache-{datetime.fromtimestamp(snapshot.taken, UTC):%Y%m%dT%H%M%SZ}.parquet",
+            stat_result=os.fstat(snapshot.file),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._snapshot = None  # a client that hangs up leaves us in a cycle, and the collector is in no hurry
+
+
 Compression = Annotated[
     Literal["zstd", "snappy", "none"], Query(description="snappy is larger, but known to every reader")
 ]
@@ -2769,13 +2786,7 @@ async def export(request: Request, compression: Compression = "zstd", details: D
         # Who reads from the middle has begun before.
         goes_on = re.match("bytes=[1-9]", request.headers.get("range", ""))
         snapshot = await exporter.kept(kind, SNAPSHOT_KEPT if goes_on else SNAPSHOT_FRESH, count)
-    response = FileResponse(
-        snapshot,
-        headers={"ETag": snapshot.etag, "Last-Modified": formatdate(snapshot.taken, usegmt=True)},
-        media_type=PARQUET,
-        filename=f"vincache-{datetime.fromtimestamp(snapshot.taken, UTC):%Y%m%dT%H%M%SZ}.parquet",
-        stat_result=os.fstat(snapshot.file),
-    )
+    response = SnapshotResponse(snapshot)
     if not plain and StaticFiles().is_not_modified(response.headers, request.headers):
         return NotModifiedResponse(response.headers)
     return response
