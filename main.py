@@ -31,13 +31,14 @@ import ipaddress
 import json
 import logging
 import math
-import mmap
 import os
 import re
+import secrets
 import sqlite3
 import sys
 import tempfile
 import time
+import weakref
 import zlib
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
@@ -51,7 +52,7 @@ from contextlib import (
 )
 from datetime import UTC, datetime
 from difflib import get_close_matches
-from email.utils import parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, cast
 from urllib.parse import urlsplit
@@ -64,7 +65,7 @@ import stamina
 from dotenv import dotenv_values
 from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.security import APIKeyHeader
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import Storage
@@ -94,6 +95,7 @@ from pythonjsonlogger.json import JsonFormatter
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if sys.platform != "win32":
@@ -186,7 +188,7 @@ class Settings(BaseSettings):
     offline_ttl: Seconds = 3600  # how long such an answer stands before vPIC is asked again
 
     batch_limit: Annotated[int, Field(gt=0, le=100_000)] = 10_000  # VINs in one batch
-    export_limit: Limit = "10/minute"  # exports per client; empty: no limit
+    export_limit: Limit = "10/minute"  # exports built per client; empty: no limit
     lookup_limit: Limit = ""  # lookups per client, a batch counts its VINs; empty: no limit
     rate_storage: Annotated[str, AfterValidator(check_blanks)] = (
         "async+memory://"  # where clients and calls to vPIC are counted; `async+redis://...` is shared
@@ -752,15 +754,16 @@ class FixedWindow:
         self._ends = 0.0
         self._used: dict[str, int] = {}
 
-    def take(self, limit: RateLimitItem, client: str, cost: int) -> float:
-        """0, and it counts; or the seconds until it may, and it does not."""
+    def take(self, limit: RateLimitItem, client: str, cost: int, counts: bool) -> float:
+        """0, and it counts if it is to; or the seconds until it may, and it does not."""
         now = time.monotonic()
         if now >= self._ends:
             self._ends, self._used = now + limit.get_expiry(), {}
         used = self._used.get(client, 0) + cost
         if used > limit.amount:
             return self._ends - now
-        self._used[client] = used
+        if counts:
+            self._used[client] = used
         return 0
 
 
@@ -811,17 +814,19 @@ class Rates:
     async def __aexit__(self, *_: object) -> None:
         return
 
-    async def client(self, limit: RateLimitItem, tag: str, client: str, cost: int) -> float:
-        """0, and it counts; or the seconds until the client may, and it does not. Without the storage all may."""
+    async def client(self, limit: RateLimitItem, tag: str, client: str, cost: int, counts: bool = True) -> float:
+        """0, and it counts if it is to; or the seconds until the client may, and it does not. Without the storage all
+        may."""
         if self._storage is None:
-            return self._windows[tag].take(limit, client, cost)
-        counts = FixedWindowRateLimiter(self._storage)
+            return self._windows[tag].take(limit, client, cost, counts)
+        window = FixedWindowRateLimiter(self._storage)
 
         async def take() -> float:
             # First a look: what is refused must not count. Then the count decides: others may have come between.
-            if await counts.test(limit, tag, client, cost=cost) and await counts.hit(limit, tag, client, cost=cost):
+            room = await window.test(limit, tag, client, cost=cost)
+            if room and (not counts or await window.hit(limit, tag, client, cost=cost)):
                 return 0
-            return max(0.01, (await counts.get_window_stats(limit, tag, client)).reset_time - time.time())
+            return max(0.01, (await window.get_window_stats(limit, tag, client)).reset_time - time.time())
 
         return await self._shared(take) or 0
 
@@ -929,6 +934,10 @@ LEFT JOIN attributes
 """  # noqa: S608 - our own column names
 
 SNAPSHOT = f"SELECT {', '.join(COLUMNS)} FROM vehicles"  # noqa: S608 - as above
+# Not NULL where none are kept: the exporting driver guesses types from the first rows, and a NULL says nothing.
+SNAPSHOT_WITH_DETAILS = f"""
+SELECT {", ".join(COLUMNS)}, coalesce(attributes, '') AS attributes FROM records
+"""  # noqa: S608 - as above
 
 # Any number of records at once: the columns, then the attributes, then the removal that was known when the fetching
 # began. What was decoded offline never replaces vPIC's word, and what was removed meanwhile is not put back.
@@ -2261,7 +2270,11 @@ def tell(question: Question, landing: Landing, details: bool) -> str:
 # would hold Python's lock, and its SQLite driver brings a second SQLite, which must not share a process with ours.
 # ======================================================================================================================
 
+VERSION = "1.0.0"  # of this service; each export tells it
+
 EXPORT_SILENCE = 30  # seconds; pieces come some tenths of a second apart: a process silent for so long hangs
+SNAPSHOT_FRESH = 60  # seconds for which those who read by pieces begin with the snapshot that is kept
+SNAPSHOT_KEPT = 300  # seconds; they may go on with it for so long, and it is kept until nobody has for so long
 
 
 def serve_exports() -> None:
@@ -2304,30 +2317,32 @@ def serve_exports() -> None:
             send(bytes(piece))
             return len(bytes(piece))
 
-    def write(database: str, query: str) -> None:
+    def write(database: str, query: str, compression: "Any", batch_rows: int, footer: "Any") -> None:
         with (
             adbc_driver_sqlite.dbapi.connect(database) as connection,
             connection.cursor() as cursor,
             io.BufferedWriter(Frames(), 2**18) as out,
         ):
-            # Rows in one batch: more take more memory, fewer more time.
-            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": 65536})
+            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": batch_rows})
             cursor.execute(query)  # one statement, so one consistent snapshot
             rows = cursor.fetch_record_batch()
             # The driver guesses a column's type from what is in it; an empty table says nothing.
-            schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names])
+            schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
             types = {field.name: pd.ArrowDtype(field.type) for field in schema}
-            # The rows come in the order of their VINs, all different: statistics serve a search for those, a dictionary
-            # serves any other column.
+            # The rows come in the order of their VINs, all different: statistics serve a search for those, and for
+            # times, a dictionary serves a column whose values come again.
+            repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
             with ParquetWriter(
                 out,
                 schema,
-                compression="zstd",
-                use_dictionary=schema.names[1:],  # type: ignore[arg-type]  # its stub knows no list
-                write_statistics=["vin"],
+                compression=compression,
+                use_dictionary=repeating,
+                write_statistics=["vin", "fetched_at", "expires_at"],
             ) as parquet:
                 for batch in rows:
                     frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
+                    if "attributes" in frame:
+                        frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
                     parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
 
     for order in sys.stdin:
@@ -2345,41 +2360,103 @@ def serve_exports() -> None:
 EXPORT_PROGRAM = f"{inspect.getsource(serve_exports)}\nserve_exports()"  # now: the file may be replaced while we run
 
 
+class Kind(NamedTuple):
+    """Of what kind an export is."""
+
+    compression: str
+    details: bool
+
+
+class Snapshot:
+    """A Parquet file in memory; where the system has no such thing, a temporary file. `path` leads to it for as long as
+    somebody has hold of this object."""
+
+    def __init__(self) -> None:
+        self.taken, self.age_began = time.time(), time.monotonic()
+        self.etag = f'"{secrets.token_hex(16)}"'
+        if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+            self.file = os.memfd_create("export")
+            self.path = f"/proc/self/fd/{self.file}"
+        else:
+            self.file, self.path = tempfile.mkstemp(".parquet", "vincache-")
+            weakref.finalize(self, os.unlink, self.path)
+        weakref.finalize(self, os.close, self.file)  # the last one runs first
+
+    def is_older_than(self, seconds: float) -> bool:
+        return time.monotonic() > self.age_began + seconds
+
+
 class Exporter:
-    """Builds exports, one at a time; use as `async with`. The first one starts the process, which is kept."""
+    """Builds exports, one at a time; use as `async with`. The first one starts the process, which is kept.
+
+    Of each kind one snapshot is kept for a while, so that all who read it by pieces find the same file."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._process: asyncio.subprocess.Process | None = None
         self._building = asyncio.Lock()
-        self._builds: set[asyncio.Task[mmap.mmap]] = set()
-        self._queued: asyncio.Task[mmap.mmap] | None = None
+        self._builds: set[asyncio.Task[Snapshot]] = set()
+        self._queued: dict[Kind, asyncio.Task[Snapshot]] = {}
+        self._kept: dict[Kind, asyncio.Task[Snapshot]] = {}
+        self._releases: dict[Kind, asyncio.TimerHandle] = {}
 
     async def __aenter__(self) -> "Exporter":
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for release in self._releases.values():
+            release.cancel()
+        self._kept.clear()
         for build in self._builds:  # else the next would start the process anew
             build.cancel()
         await asyncio.gather(*self._builds, return_exceptions=True)
         await self._stop()
 
-    async def parquet(self) -> mmap.mmap:
-        """The table as a Parquet file in memory, at least as new as this call. Raises ExportFailed.
+    async def new(self, kind: Kind) -> Snapshot:
+        """The table as a Parquet file, at least as new as this call. Raises ExportFailed.
 
-        Who comes while one is built shares the next: however many wait, only two are there at a time."""
-        if self._queued is None:
-            self._queued = asyncio.create_task(self._build_in_turn())
-            self._builds.add(self._queued)
-            self._queued.add_done_callback(self._builds.discard)
-            self._queued.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return await asyncio.shield(self._queued)
+        Who comes while one is built shares the next: however many wait, only two of a kind are there at a time."""
+        build = self._queue(kind)
+        if self._find(kind, SNAPSHOT_FRESH) is None:
+            self._keep(kind, build)
+        return await asyncio.shield(build)
 
-    async def _build_in_turn(self) -> mmap.mmap:
+    async def kept(self, kind: Kind, seconds: float, count: Callable[[], Awaitable[None]]) -> Snapshot:
+        """The snapshot that is kept; if it is older than that, a new one, which counts. Raises ExportFailed."""
+        build = self._find(kind, seconds)
+        if build is None:
+            await count()
+            build = self._find(kind, seconds) or self._queue(kind)
+        self._keep(kind, build)
+        return await asyncio.shield(build)
+
+    def _queue(self, kind: Kind) -> asyncio.Task[Snapshot]:
+        if kind not in self._queued:
+            build = self._queued[kind] = asyncio.create_task(self._build_in_turn(kind))
+            self._builds.add(build)
+            build.add_done_callback(self._builds.discard)
+            build.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._queued[kind]
+
+    def _find(self, kind: Kind, seconds: float) -> asyncio.Task[Snapshot] | None:
+        """What is kept, or being built to be, unless it is older than that."""
+        build = self._kept.get(kind)
+        if build is None or not build.done():
+            return build
+        return None if build.exception() or build.result().is_older_than(seconds) else build
+
+    def _keep(self, kind: Kind, build: asyncio.Task[Snapshot]) -> None:
+        """Keep it until nobody has asked for it for a while."""
+        self._kept[kind] = build
+        if kind in self._releases:
+            self._releases[kind].cancel()
+        self._releases[kind] = asyncio.get_running_loop().call_later(SNAPSHOT_KEPT, self._kept.pop, kind, None)
+
+    async def _build_in_turn(self, kind: Kind) -> Snapshot:
         async with self._building:
-            self._queued = None  # whoever comes from here on may have stored what this snapshot will lack
+            del self._queued[kind]  # whoever comes from here on may have stored what this snapshot will lack
             try:
-                return await self._build()
+                return await self._build(kind)
             except (OSError, EOFError, NotImplementedError, StoreFault, sqlite3.DatabaseError) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
                 if not isinstance(
@@ -2390,7 +2467,7 @@ class Exporter:
                     await self._cache.doubt(str(error))
                 raise ExportFailed("The export could not be built; ask again.") from None
 
-    async def _build(self) -> mmap.mmap:
+    async def _build(self, kind: Kind) -> Snapshot:
         """The file, as the exporting process writes it.
 
         Raises sqlite3.DatabaseError with what that process says of the database, and OSError (TimeoutError is one),
@@ -2406,20 +2483,26 @@ class Exporter:
             )
         orders = cast(asyncio.StreamWriter, self._process.stdin)
         frames = cast(asyncio.StreamReader, self._process.stdout)
-        file = open_memory()
-        try:
-            async with self._cache.copy() as database:
-                orders.write(f"{json.dumps({'database': database, 'query': SNAPSHOT})}\n".encode())
-                return await self._receive_file(frames, file)
-        finally:
-            os.close(file)
-
-    async def _receive_file(self, frames: asyncio.StreamReader, file: int) -> mmap.mmap:
-        while piece := await self._receive(frames):
-            os.write(file, piece)
-        if fault := await self._receive(frames):
-            raise sqlite3.DatabaseError(fault.decode())
-        return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        snapshot = Snapshot()  # now: all that was stored before will be in it
+        async with self._cache.copy() as database:
+            order = {
+                "database": database,
+                "query": SNAPSHOT_WITH_DETAILS if kind.details else SNAPSHOT,
+                "compression": kind.compression,
+                # More take more memory, fewer more time; with details, a row is six times as large.
+                "batch_rows": 8192 if kind.details else 65536,
+                "footer": {
+                    "vincache.version": VERSION,
+                    "vincache.schema": str(SCHEMA_VERSION),
+                    "vincache.snapshot": utc(snapshot.taken),
+                },
+            }
+            orders.write(f"{json.dumps(order)}\n".encode())
+            while piece := await self._receive(frames):
+                os.write(snapshot.file, piece)
+            if fault := await self._receive(frames):
+                raise sqlite3.DatabaseError(fault.decode())
+            return snapshot
 
     @staticmethod
     async def _receive(frames: asyncio.StreamReader) -> bytes:
@@ -2433,20 +2516,6 @@ class Exporter:
             with suppress(ProcessLookupError, TimeoutError):  # TimeoutError: it hangs in the kernel, on a dead disk
                 process.kill()
                 await asyncio.wait_for(process.wait(), 5)
-
-
-def open_memory() -> int:
-    """A file descriptor on memory; where the system has no such thing, on a temporary file that has no name."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("export")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-async def pieces(parquet: mmap.mmap) -> AsyncIterator[bytes]:
-    """The file in pieces: a slow reader holds one of them, not a copy of all."""
-    for start in range(0, len(parquet), 2**18):
-        yield parquet[start : start + 2**18]
 
 
 # ======================================================================================================================
@@ -2482,19 +2551,28 @@ class Doors:
             # All are compared, as bytes and in constant time: the time taken tells nothing.
             if not any([hmac.compare_digest(given, key) for key in self._keys]):
                 raise API_KEY.make_not_authenticated_error()
-        await self.count(scope, tag, 1)
+        if tag != "export":
+            await self.count(scope, tag, 1)
+        elif is_plain(scope):
+            await self.count(scope, tag, 1, counts=False)  # it does when the file is built
 
-    async def count(self, scope: Scope, tag: Tag, cost: int) -> None:
+    async def count(self, scope: Scope, tag: Tag, cost: int, counts: bool = True) -> None:
         """Raises TooManyRequests if that is more than the client has left of its share; then it does not count."""
         if cost > 0 and (limit := self._limits.get(tag)) is not None:
             client, _ = scope["client"] or ("unknown", 0)
-            if wait := await self._rates.client(limit, tag, network(client), cost):
+            if wait := await self._rates.client(limit, tag, network(client), cost, counts):
                 raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
 
     def check_size(self, tag: Tag, cost: int) -> None:
         """Raises a 422 if so much at once is more than the client's limit ever allows: to wait would not help."""
         if (limit := self._limits.get(tag)) is not None and cost > limit.amount:
             raise invalid("too_long", ("body", "vins"), f"The limit is {limit}: {cost} at once never fit; send fewer")
+
+
+def is_plain(scope: Scope) -> bool:
+    """Whether this is a download of a whole file, which is built for it; others read by pieces, or have read before."""
+    headers = Headers(scope=scope)
+    return scope["method"] == "GET" and "range" not in headers and "if-none-match" not in headers
 
 
 def network(client: str) -> str:
@@ -2587,7 +2665,13 @@ PREFIX = "/api/v1"
 # A lookup as services send it, a normal VIN and nothing else: to let FastAPI take it apart takes longer than the hit.
 CANONICAL = re.compile(r"/lookup(?:\?vin=([0-9A-Z]{17})|/([0-9A-Z]{17})\?)")
 
-TAGS: dict[str, Tag] = {"lookup": "lookup", "remove": "remove", "export": "export", "metrics": "metrics"}
+TAGS: dict[str, Tag] = {
+    "lookup": "lookup",
+    "remove": "remove",
+    "export": "export",
+    "export.parquet": "export",
+    "metrics": "metrics",
+}
 
 
 class Front:
@@ -2630,7 +2714,7 @@ JSONL = "application/jsonl"
 
 app = FastAPI(
     title="vincache",
-    version="1.0.0",
+    version=VERSION,
     summary="Decodes VINs with NHTSA's vPIC, once, and remembers the answer.",
     lifespan=lifespan,
     middleware=[Middleware(Front)],
@@ -2663,8 +2747,13 @@ LINES_SENT: Told = {
         "description": "One line per VIN, in the order given: what /lookup answers, an error with its `status`",
     }
 }
+FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
 FILE_SENT: Told = {
-    200: {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}, "description": "The file"}
+    200: FILE | {"description": "The file"},
+    206: FILE | {"description": "A part of it, by Range"},
+    304: {"description": "It is what If-None-Match names"},
+    400: {"description": "No range at all"},
+    416: {"description": "A range that the file does not have"},
 }
 
 by_key = Security(API_KEY)  # for /docs only: the door has checked it
@@ -2704,6 +2793,29 @@ async def look_up(request: Request, question: Question, details: bool) -> Respon
         leaving.cancel()
 
 
+class SnapshotResponse(FileResponse):
+    """A snapshot, or what the request wants of it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot: Snapshot | None = snapshot
+        super().__init__(
+            snapshot.path,
+            headers={"ETag": snapshot.etag, "Last-Modified": formatdate(snapshot.taken, usegmt=True)},
+            media_type=PARQUET,
+            filename=f"vincache-{datetime.fromtimestamp(snapshot.taken, UTC):%Y%m%dT%H%M%SZ}.parquet",
+            stat_result=os.fstat(snapshot.file),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._snapshot = None  # a client that hangs up leaves us in a cycle, and the collector is in no hurry
+
+
+Compression = Annotated[
+    Literal["zstd", "snappy", "none"], Query(description="snappy is larger, but known to every reader")
+]
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 
@@ -2766,16 +2878,35 @@ async def remove_posted(body: RemoveBody, request: Request) -> Removed:
 @app.get(
     "/export",
     tags=["export"],
-    response_class=StreamingResponse,
+    response_class=FileResponse,
     responses=FILE_SENT | KEY | LIMIT | VIN | UNAVAILABLE,
-    dependencies=[by_key, queried()],
+    dependencies=[by_key, queried("compression", "details")],
 )
-async def export(request: Request) -> StreamingResponse:
-    """Download the whole cache as one Parquet file: every row, expired and undecodable ones too."""
-    parquet = await request.state.exporter.parquet()
-    name = f"vincache-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.parquet"
-    headers = {"Content-Disposition": f'attachment; filename="{name}"', "Content-Length": str(len(parquet))}
-    return StreamingResponse(pieces(parquet), headers=headers, media_type=PARQUET)
+@app.get("/export.parquet", include_in_schema=False, dependencies=[queried("compression", "details")])
+@app.head("/export", include_in_schema=False, dependencies=[queried("compression", "details")])
+@app.head("/export.parquet", include_in_schema=False, dependencies=[queried("compression", "details")])
+async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
+    """Download the whole cache as one Parquet file: every row, expired and undecodable ones too.
+
+    A plain GET is a new snapshot; HEAD, Range and If-None-Match see one that is kept for a while. Also as
+    /export.parquet."""
+    exporter: Exporter = request.state.exporter
+
+    async def count() -> None:
+        await request.state.doors.count(request.scope, "export", 1)
+
+    kind = Kind(compression, details)
+    if plain := is_plain(request.scope):
+        await count()
+        snapshot = await exporter.new(kind)
+    else:
+        # Who reads from the middle has begun before.
+        goes_on = re.match("bytes=[1-9]", request.headers.get("range", ""))
+        snapshot = await exporter.kept(kind, SNAPSHOT_KEPT if goes_on else SNAPSHOT_FRESH, count)
+    response = SnapshotResponse(snapshot)
+    if not plain and StaticFiles().is_not_modified(response.headers, request.headers):
+        return NotModifiedResponse(response.headers)
+    return response
 
 
 @app.get("/healthz")

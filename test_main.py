@@ -7,6 +7,7 @@ ultravin) in vPIC's own form, and misbehaves on demand. No test reaches any addr
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import logging
@@ -3226,8 +3227,12 @@ async def read_export(service: Service) -> pd.DataFrame:
 
 def exports_held() -> int:
     """How many exports lie in this process's memory."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return len({line.split()[4] for line in lines if "memfd:export" in line})
+    held = set()
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if "memfd:export" in os.readlink(file):
+                held.add(file.stat().st_ino)
+    return len(held)
 
 
 def exporting(parent: int) -> list[int]:
@@ -3269,19 +3274,24 @@ async def test_the_export_equals_the_table(start: Start) -> None:
 
 @NEEDS_PROC
 async def test_slow_readers_of_exports_delay_no_lookup_and_share_what_they_read(start: Start) -> None:
-    """Twenty at once hold two exports in memory, lookups go on, and the clients that hang up free what they held."""
-    async with start(export_limit="") as service:
-        fill(service.database, 20_000, 500)
-        readers = [slow_reader(service.port) for _ in range(20)]
-        await asyncio.gather(*(reader.__aenter__() for reader in readers))
-        assert 1 <= exports_held() <= 2
-        async with asyncio.timeout(20):  # the readers would keep it for ever
-            assert await service.were_cached([*trucks(50), *trucks(50, 0)]) == [False] * 50 + [True] * 50
-            assert (await service.delete(f"/remove/{trucks(1)[0]}"))[0] == 200
-        assert 1 <= exports_held() <= 2
-        await asyncio.gather(*(reader.__aexit__(None, None, None) for reader in readers))
-        await until(lambda: exports_held() == 0)
-        assert (await service.get("/export"))[0] == 200
+    """Twenty at once hold two exports in memory, lookups go on, and the clients that hang up free what they held, but
+    for the one that is kept."""
+    gc.disable()  # nothing may wait for the collector
+    try:
+        async with start(export_limit="") as service:
+            fill(service.database, 20_000, 500)
+            readers = [slow_reader(service.port) for _ in range(20)]
+            await asyncio.gather(*(reader.__aenter__() for reader in readers))
+            assert 1 <= exports_held() <= 2
+            async with asyncio.timeout(20):  # the readers would keep it for ever
+                assert await service.were_cached([*trucks(50), *trucks(50, 0)]) == [False] * 50 + [True] * 50
+                assert (await service.delete(f"/remove/{trucks(1)[0]}"))[0] == 200
+            assert 1 <= exports_held() <= 2
+            await asyncio.gather(*(reader.__aexit__(None, None, None) for reader in readers))
+            await until(lambda: exports_held() == 1)
+            assert (await service.get("/export"))[0] == 200
+    finally:
+        gc.enable()
 
 
 @NEEDS_PROC
@@ -3343,16 +3353,183 @@ async def test_an_export_without_descriptors_is_a_sentence(launch: Launch) -> No
             assert (response.status, (await response.read())[:4]) == (200, b"PAR1")
 
 
+async def pieces(service: Service, path: str, size: int) -> bytes:
+    """The export read as tools do: first its size, then range after range, at once."""
+    status, _, head = await service.ask("HEAD", path)
+    assert (status, head["Accept-Ranges"]) == (200, "bytes")
+    starts = range(0, int(head["Content-Length"]), size)
+    got = await asyncio.gather(
+        *(service.ask("GET", path, headers={"Range": f"bytes={start}-{start + size - 1}"}) for start in starts)
+    )
+    assert {(status, headers["ETag"]) for status, _, headers in got} == {(206, head["ETag"])}
+    return b"".join(body for _, body, _ in got)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+async def test_ranges_put_together_are_one_snapshot(start: Start, prefix: str) -> None:
+    """Whoever has begun to read by pieces reads the same file on, whatever is stored, removed or exported meanwhile."""
+    async with start(vpic_url="") as service:
+        fill(service.database, 1000, 50)
+        status, nothing, head = await service.ask("HEAD", f"{prefix}/export")
+        assert (status, nothing) == (200, b"")
+        assert (await service.delete(f"/remove/{trucks(1, 0)[0]}"))[1]["cache_delete_success"]
+        status, new, headers = await service.ask("GET", f"{prefix}/export")
+        assert (status, headers["ETag"] == head["ETag"]) == (200, False)
+        assert len(pd.read_parquet(io.BytesIO(new))) == 999
+        whole = await pieces(service, f"{prefix}/export.parquet", 10_000)
+        assert len(pd.read_parquet(io.BytesIO(whole))) == 1000
+        end = {"Range": "bytes=-8", "If-Range": head["ETag"]}
+        for if_range, expected in [
+            (head["ETag"], (206, whole[-8:])),
+            (head["Last-Modified"], (206, whole[-8:])),
+            (headers["ETag"], (200, whole)),
+            ("W/" + head["ETag"], (200, whole)),
+        ]:
+            status, body, _ = await service.ask("GET", "/export", headers=end | {"If-Range": if_range})
+            assert (status, body) == expected, if_range
+        status, _, headers = await service.ask("GET", "/export", headers={"Range": f"bytes={len(whole)}-"})
+        assert (status, headers["Content-Range"]) == (416, f"bytes */{len(whole)}")
+
+
+async def test_a_reader_is_told_that_it_has_the_file(service: Service) -> None:
+    """If-None-Match is 304 for the snapshot that is kept, however it was read; for any other it is the kept one."""
+    etag = (await service.ask("GET", "/export"))[2]["ETag"]
+    for method in ("GET", "HEAD"):
+        for known, expected in [(etag, 304), (f'"x", W/{etag}', 304), ("*", 304), ('"x"', 200)]:
+            status, _, headers = await service.ask(method, "/export", headers={"If-None-Match": known})
+            assert (status, headers["ETag"]) == (expected, etag), (method, known)
+    status, _, headers = await service.ask("HEAD", "/export?compression=none", headers={"If-None-Match": etag})
+    assert (status, headers["ETag"] == etag) == (200, False)
+
+
+async def test_a_new_reader_gets_a_new_snapshot_and_the_others_read_on(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the snapshot is no longer fresh, whoever begins gets a new one; whoever has begun goes on with the last."""
+    monkeypatch.setattr(main, "SNAPSHOT_FRESH", 0)
+
+    async def etag(method: str, **headers: str) -> str:
+        return (await service.ask(method, "/export", headers=headers))[2]["ETag"]
+
+    last = await etag("HEAD")
+    for begins in [("HEAD", {}), ("GET", {"Range": "bytes=-8"}), ("GET", {"Range": "bytes=0-"})]:
+        before, last = last, await etag(begins[0], **begins[1])
+        assert last != before
+        assert await etag("GET", Range="bytes=4-") == last
+    monkeypatch.setattr(main, "SNAPSHOT_KEPT", 0)
+    assert await etag("GET", Range="bytes=4-") != last
+
+
+@NEEDS_PROC
+async def test_a_snapshot_that_nobody_reads_is_given_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each kind one is kept, however many are built, and none in the end."""
+    kinds = [f"/export?compression={name}&details={details}" for name in ("zstd", "snappy") for details in (0, 1)]
+    async with start(export_limit="") as service:
+        for kind in kinds * 2:
+            assert (await service.ask("HEAD", kind))[0] == 200
+            assert (await service.get(kind))[0] == 200
+        await until(lambda: exports_held() == 4)
+        monkeypatch.setattr(main, "SNAPSHOT_KEPT", 0.1)
+        for kind in kinds[1:]:
+            assert (await service.ask("HEAD", kind))[0] == 200
+        await until(lambda: exports_held() == 1)
+        assert (await service.ask("HEAD", kinds[1]))[0] == 200
+
+
+async def test_without_memory_files_exports_are_temporary_ones(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system that knows no memfd exports all the same, and is left nothing of it."""
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    async with start(vpic_url="") as service:
+        assert (await read_export(service)).empty
+        assert (await service.ask("HEAD", "/export"))[0] == 200
+        assert len([*tmp_path.glob("vincache-*.parquet")]) == 1
+    assert [*tmp_path.glob("vincache-*.parquet")] == []
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
+async def test_an_export_in_any_form_tells_what_it_is(service: Service, compression: str) -> None:
+    """The compression that was asked for; statistics to search by; whose file it is, and of when."""
+    await service.lookup(TRUCK)
+    file = pq.ParquetFile(io.BytesIO((await service.get(f"/export?compression={compression}"))[1]))
+    group = file.metadata.row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    assert {column.compression for column in columns} == {compression.upper().replace("NONE", "UNCOMPRESSED")}
+    searched = {column.path_in_schema: column.statistics for column in columns if column.is_stats_set}
+    assert [*searched] == ["vin", "fetched_at", "expires_at"]
+    assert searched["vin"].min == TRUCK
+    assert searched["fetched_at"].max == datetime.fromtimestamp(service.rows()[0]["fetched_at"], UTC)
+    told = {key.decode(): value.decode() for key, value in file.metadata.metadata.items() if b"vincache" in key}
+    assert told.pop("vincache.snapshot") <= main.utc(time.time())
+    assert told == {"vincache.version": main.VERSION, "vincache.schema": str(main.SCHEMA_VERSION)}
+
+
+async def test_an_export_with_details_has_what_lookups_tell(start: Start) -> None:
+    """`attributes` is the JSON text of what a lookup with details says, and null where none are kept."""
+    async with start() as service:
+        assert "attributes" in pd.read_parquet(io.BytesIO((await service.get("/export?details=true"))[1]))
+        fill(service.database, 10_000, 10)  # more than one batch, and the first has none
+        told = (await service.get(f"/lookup/{TRUCK}?details=true"))[1]["attributes"]
+        table = pq.read_table(io.BytesIO((await service.get("/export?details=true"))[1]))
+        assert table.schema.field("attributes").type == pa.string()
+        assert table.drop(["attributes"]).equals(pq.read_table(io.BytesIO((await service.get("/export"))[1])))
+        kept = {row["vin"]: row["attributes"] for row in table.to_pylist() if row["attributes"] is not None}
+        assert {vin: json.loads(text) for vin, text in kept.items()} == {TRUCK: told}
+        assert len(told) > 10
+
+
+def by_duckdb(url: str) -> dict[str, int]:
+    duckdb = pytest.importorskip("duckdb")
+    [extension] = Path(pytest.importorskip("duckdb_extension_httpfs").__path__[0]).glob("**/*.duckdb_extension")
+    with duckdb.connect() as connection:
+        connection.execute(f"LOAD '{extension}'")
+        return dict(connection.execute(f"SELECT make, count(*) FROM '{url}' GROUP BY make").fetchall())
+
+
+def by_polars(url: str) -> dict[str, int]:
+    polars = pytest.importorskip("polars")
+    return dict(polars.scan_parquet(url).group_by("make").len().collect().rows())
+
+
+def by_fsspec(url: str) -> dict[str, int]:
+    with pytest.importorskip("fsspec").open(url) as file:
+        return Counter(pq.read_table(file, columns=["make"])["make"].to_pylist())
+
+
+def by_pandas(url: str) -> dict[str, int]:
+    return dict(pd.read_parquet(url)["make"].value_counts())
+
+
+@pytest.mark.parametrize("query", ["", "?compression=snappy", "?details=true&compression=none"])
+@pytest.mark.parametrize(
+    ("read", "times"),
+    [(by_duckdb, 12), (by_polars, 12), (by_fsspec, 12), (by_pandas, 3)],
+    ids=["duckdb", "polars", "fsspec", "pandas"],
+)
+async def test_tools_open_the_export_by_its_address(
+    launch: Launch, tmp_path: Path, read: Callable[[str], dict[str, int]], times: int, query: str
+) -> None:
+    """They read it many times a minute, and the limit of ten is not used up: only a download counts each time."""
+    fill(tmp_path / "cache.db", 100_000, 10)  # more than one row group
+    process = await launch(vpic_url="").started()
+    for _ in range(times):
+        assert await asyncio.to_thread(read, f"{process.url}/export.parquet{query}") == {"PETERBILT": 100_000}
+    assert (await ask(f"{process.url}/healthz"))[0] == 200
+
+
 async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path) -> None:
     """The export is refused with a sentence, the damaged file moved aside; the next export is of the fresh one."""
     fill(tmp_path / "cache.db", 10_000, 200)
+    kind = main.Kind("zstd", details=False)
     # Without the service, whose sweeping may find the damage first.
     async with main.FileStore(tmp_path / "cache.db", 2) as store, main.Exporter(main.Cache(store, 0)) as exporter:
         overwrite(NOISE, 2**18)(tmp_path / "cache.db")
         with pytest.raises(main.ExportFailed, match="ask again"):
-            await exporter.parquet()
+            await exporter.new(kind)
         assert len(list(tmp_path.glob("cache.db.damaged-*Z"))) == 1
-        assert pd.read_parquet(io.BytesIO(await exporter.parquet())).empty
+        assert pd.read_parquet((await exporter.new(kind)).path).empty
 
 
 # ======================================================================================================================
@@ -3376,7 +3553,7 @@ async def shout(port: int, *pieces: bytes) -> tuple[int, bytes, bytes]:
 
 # -- The key -----------------------------------------------------------------------------------------------------------
 
-GUARDED = [*REMOVALS, ("GET", "/export", "")]
+GUARDED = [*REMOVALS, ("GET", "/export", ""), ("GET", "/export.parquet", "")]
 WRONG_KEYS = ["", "wrong", "old,new", "ol", "oldnew", "ÖLD", "old\u00a0", "OLD"]
 
 
@@ -3551,6 +3728,26 @@ async def test_default_limit_of_exports(start: Start) -> None:
         got = [await service.ask("GET", "/export") for _ in range(11)]
     assert [status for status, _, _ in got] == [200] * 10 + [429]
     assert 1 <= int(got[-1][2]["Retry-After"]) <= 60
+
+
+async def test_only_the_building_of_an_export_counts(start: Start) -> None:
+    """Reading by pieces is free, once there is a file; what is refused never costs anything."""
+    async with start(api_key="k", export_limit="2/minute") as service:
+
+        async def status(method: str, path: str, **headers: str) -> int:
+            return (await service.ask(method, path, headers={"X-API-Key": "k"} | headers))[0]
+
+        for path in ("/export?compression=gzip", "/export?details=maybe", "/export?vin=1"):
+            for method in ("GET", "HEAD"):
+                assert await status(method, path) == 422
+        some = [status("HEAD", path) for path in ("/export", "/export.parquet") for _ in range(20)]
+        assert {*await asyncio.gather(*some)} == {200}
+        assert await status("GET", "/export") == 200
+        assert [await status("GET", path) for path in ("/export", "/export?vin=1")] == [429, 429]
+        assert await status("HEAD", "/export?compression=none") == 429
+        for method, headers in [("HEAD", {}), ("GET", {"Range": "bytes=0-3"}), ("GET", {"If-None-Match": '"x"'})]:
+            assert await status(method, "/export", **headers) == (206 if "Range" in headers else 200)
+            assert await status(method, "/export", **headers, **{"X-API-Key": "wrong"}) == 401
 
 
 async def test_batch_counts_its_vins_and_a_refused_one_as_a_request(start: Start, vpic: PlayedVpic) -> None:
