@@ -8,7 +8,8 @@ The journey of a VIN:
   5. `_fly` asks vPIC for those who board together; `Vpic.decode` has the retries, the rate and the breaker.
   6. If vPIC can't be used, `_fall_back` serves the expired row, else `decode_offline`'s word, else the failure.
   7. `Cache.store` keeps what is new, and the caller gets its `Answer`.
-A batch is many such journeys, told in order; an export is one look at the whole table, by a process of its own.
+A batch is many such journeys, told in order; `Fleet` reads them from an uploaded file, and `told_as_csv` writes their
+answers beside the columns that came. An export is one look at the whole table, by a process of its own.
 
 Glossary:
   VIN         vehicle identification number, 17 letters and digits
@@ -22,11 +23,14 @@ Glossary:
 """
 
 import asyncio
+import codecs
+import csv
 import errno
 import gc
 import hmac
 import importlib.util
 import inspect
+import io
 import ipaddress
 import json
 import logging
@@ -45,6 +49,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
+    ExitStack,
     asynccontextmanager,
     closing,
     contextmanager,
@@ -53,8 +58,9 @@ from contextlib import (
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeVar, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -63,9 +69,10 @@ import aiosqlite
 import limits.errors
 import stamina
 from dotenv import dotenv_values
-from fastapi import Depends, FastAPI, Query, Request, Response, Security
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import Storage
@@ -95,6 +102,8 @@ from pythonjsonlogger.json import JsonFormatter
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -187,7 +196,8 @@ class Settings(BaseSettings):
     offline: bool = True  # decode with the vPIC data in the package ultravin when there is nothing else
     offline_ttl: Seconds = 3600  # how long such an answer stands before vPIC is asked again
 
-    batch_limit: Annotated[int, Field(gt=0, le=100_000)] = 10_000  # VINs in one batch
+    batch_limit: Annotated[int, Field(gt=0, le=100_000)] = 10_000  # VINs in one batch of JSON
+    upload_bytes: Annotated[int, Field(gt=0)] = 2**30  # of a file of VINs, which lies beside the database meanwhile
     export_limit: Limit = "10/minute"  # exports built per client; empty: no limit
     lookup_limit: Limit = ""  # lookups per client, a batch counts its VINs; empty: no limit
     rate_storage: Annotated[str, AfterValidator(check_blanks)] = (
@@ -251,7 +261,9 @@ def read_settings() -> Settings:
 # Words: what comes in and what goes out, each declared once. A raw VIN is used nowhere but here; a `Vin` is normal.
 # ======================================================================================================================
 
-ASCII_SPACE = " \t\n\v\f\r"
+# What spreadsheets, telematics and copying leave around a value: blanks, ASCII's and no-break ones, NUL, zero-width
+# characters and the byte order mark, which is one of them.
+EDGES = " \t\n\v\f\r\0\u00a0\u200b\u200c\u200d\u2060\ufeff"
 
 UTC_TIME = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -262,10 +274,19 @@ def utc(seconds: float) -> str:
 
 
 def normalize_vin(given: str) -> str:
-    """`given` without ASCII white space around it, in capitals. Raises unless 17 ASCII letters and digits are left."""
-    vin = given.strip(ASCII_SPACE)
-    if len(vin) != 17 or not (vin.isascii() and vin.isalnum()):
-        raise PydanticCustomError("vin", "A VIN is 17 letters and digits, A to Z and 0 to 9")
+    """`given` without what may stand around it, in capitals. Raises unless 17 ASCII letters and digits are left: what
+    is wrong inside is told, without echoing it, and never repaired."""
+    vin = given.strip(EDGES)
+    if len(vin) != 17:
+        hint = ""
+        if len(vin) == 18 and vin[0] in "Ii":
+            hint = ": the I in front may be a barcode label's, not the VIN's"
+        elif vin.endswith("*"):
+            hint = ": the * at the end is not the VIN's"
+        raise PydanticCustomError("vin", f"{len(vin):,} characters, not 17{hint}")
+    if not (vin.isascii() and vin.isalnum()):
+        place = next(place for place, char in enumerate(vin) if not (char.isascii() and char.isalnum()))
+        raise PydanticCustomError("vin", f"character {place + 1} is U+{ord(vin[place]):04X}, not A-Z or 0-9")
     return vin.upper()
 
 
@@ -278,11 +299,13 @@ def normalize_model_year(given: object) -> str:
     last = last_model_year()
     if isinstance(given, float) and given.is_integer():  # in JSON, 1994.0 is an integer
         given = int(given)
-    year = str(given).strip(ASCII_SPACE) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
+    year = str(given).strip(EDGES) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
     if year and not (year.isascii() and year.isdigit() and 1980 <= int(year[:5]) <= last):
         raise PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
     return year
 
+
+EDGE = "".join(f"\\u{ord(char):04x}" for char in EDGES)  # as a regular expression has it
 
 Vin = Annotated[
     str,
@@ -290,8 +313,8 @@ Vin = Annotated[
     WithJsonSchema(
         {
             "type": "string",
-            "description": "17 ASCII letters and digits; case is folded, ASCII white space around it is dropped",
-            "pattern": r"^[ \t\n\v\f\r]*[0-9A-Za-z]{17}[ \t\n\v\f\r]*$",
+            "description": "17 ASCII letters and digits; case is folded, blanks and invisible characters around it go",
+            "pattern": f"^[{EDGE}]*[0-9A-Za-z]{{17}}[{EDGE}]*$",
             "examples": ["1XPWD40X1ED215307"],
         }
     ),
@@ -401,6 +424,14 @@ def few_faults(given: object) -> object:
     return given
 
 
+class Row(NamedTuple):
+    """A line of a batch as it came: the VIN, the model year, and in a CSV file its text without the line end."""
+
+    vin: str
+    model_year: object = ""
+    came: str = ""
+
+
 class BatchBody(Body):
     """The body of a batch: VINs as strings, or as objects where a model year is known."""
 
@@ -408,6 +439,10 @@ class BatchBody(Body):
         examples=[["1XPWD40X1ED215307", {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]]
     )
     details: StrictBool = Field(False, description="With all that vPIC says, as `attributes` of each line")
+
+    def rows(self) -> Iterator[Row]:
+        for item in self.vins:
+            yield Row(item) if isinstance(item, str) else Row(item.vin, item.model_year)
 
 
 class Vehicle(BaseModel):
@@ -483,7 +518,7 @@ class VinProblem(Problem):
 class Fault(BaseModel):
     type: str = Field(examples=["vin"])
     loc: list[str | int] = Field(examples=[["query", "vin"]])
-    msg: str = Field(examples=["A VIN is 17 letters and digits, A to Z and 0 to 9"])
+    msg: str = Field(examples=["16 characters, not 17"])
 
 
 class Invalid(BaseModel):
@@ -554,8 +589,23 @@ class Record(NamedTuple):
         outcome = outcome if told["cached_result"] else "undecodable"
         return Answer(404, Undecodable.model_validate(told).model_dump_json(exclude=without), outcome)
 
+    def line(self, outcome: str, details: bool) -> str:
+        """The line of a batch with this record; `schema.sql` has its like for hits."""
+        answer = self.answer(outcome, details)
+        return line(answer.status, json.loads(answer.body), details)
+
 
 COLUMNS = Record._fields[:-1]
+
+# A line of a batch has the same keys in the same order whatever it tells: readers take their columns from the first.
+LINE: dict[str, Any] = dict.fromkeys(["status", *Vehicle.model_fields, "detail"], "") | {"cached_result": False}
+del LINE["attributes"]  # the last one, with details only
+
+
+def line(status: int, told: dict[str, Any], details: bool) -> str:
+    """A line of a batch as JSON text: an HTTP status, and what there is to tell of a VIN."""
+    every = LINE | ({"attributes": {}} if details else {})
+    return json.dumps(every | told | {"status": status}, separators=(",", ":"))
 
 
 # ======================================================================================================================
@@ -584,6 +634,14 @@ class TooManyRequests(VincacheError):
 
 class BodyTooLarge(VincacheError):
     status = 413
+
+
+class UnsupportedBody(VincacheError):
+    status = 415
+
+
+class UploadFailed(VincacheError):
+    status = 503
 
 
 class CacheUnavailable(VincacheError):
@@ -620,7 +678,7 @@ class VpicUnavailable(VincacheError):
         return VpicUnavailable(self.status, self.detail, retry_after=self.retry_after, vin=vin)
 
 
-def invalid(kind: str, loc: tuple[str, ...], msg: str) -> RequestValidationError:
+def invalid(kind: str, loc: tuple[str | int, ...], msg: str) -> RequestValidationError:
     return RequestValidationError([{"type": kind, "loc": loc, "msg": msg}])
 
 
@@ -922,6 +980,9 @@ CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = su
 CROSS JOIN attributes USING (vin, model_year_asked)
 WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 """
+
+# The same as lines of a batch.
+LINES, DETAILED_LINES = ANSWERS.replace("body", "line"), DETAILS.replace("body", "line")
 
 RECORDS = f"""
 SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS)}, attributes
@@ -1366,8 +1427,15 @@ class Cache:
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Cached]:
         """What is cached of these, with `attributes` if details are asked for and there."""
+        return await self._cached(DETAILS if details else ANSWERS, questions)
+
+    async def lines(self, questions: Sequence[Question], details: bool) -> dict[Question, Cached]:
+        """The same, as lines of a batch."""
+        return await self._cached(DETAILED_LINES if details else LINES, questions)
+
+    async def _cached(self, statement: str, questions: Sequence[Question]) -> dict[Question, Cached]:
         parameters = {"questions": json.dumps(questions), "now": time.time(), "grace": self._grace}
-        rows = await self._read(DETAILS if details else ANSWERS, parameters)
+        rows = await self._read(statement, parameters)
         return {question: Cached(status, body, fresh) for question, status, body, fresh in rows}
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
@@ -1890,7 +1958,7 @@ class Counter:
         return boarding
 
 
-CHUNK = 100  # lines of a batch at once: a single hit waits no longer than these take
+WINDOW = 100  # lines of a batch at once: a single hit waits no longer than these take
 AHEAD = 500  # lines of a batch that are looked up before the first of them is told
 REFRESHES = 10_000  # that wait at most; a hit on a row beyond them will ask again
 
@@ -2169,14 +2237,14 @@ class Lookups:
 
     # -- Batches -------------------------------------------------------------------------------------------------------
 
-    async def batch(self, items: Sequence[str | BatchItem], details: bool) -> AsyncIterator[str]:
-        """The lines for the items, in their order, some at a time, as soon as each can be told."""
+    async def batch(self, windows: AsyncIterator[list[Row]], details: bool) -> AsyncIterator[list[str]]:
+        """The lines for the rows, in their order, some at a time, as soon as each can be told."""
         line: Line = {}  # where this batch's questions wait for a place
         ahead: deque[str | Ticket] = deque()
         self._counter.batches.append(line)
         try:
-            for start in range(0, len(items), CHUNK):
-                ahead += await self._look_up(items[start : start + CHUNK], details, line)
+            async for rows in windows:
+                ahead += await self._look_up(rows, details, line)
                 while ahead and (is_known(ahead[0]) or len(ahead) > AHEAD):
                     yield await self._next_lines(ahead, details)
             while ahead:
@@ -2187,12 +2255,12 @@ class Lookups:
                 if isinstance(ticket, Ticket):
                     self._leave(ticket)
 
-    async def _next_lines(self, ahead: "deque[str | Ticket]", details: bool) -> str:
-        """Up to a chunk of lines from the left; waits for the first of them if need be."""
+    async def _next_lines(self, ahead: "deque[str | Ticket]", details: bool) -> list[str]:
+        """Up to a window of lines from the left; waits for the first of them if need be."""
         if isinstance(ahead[0], Ticket):
             await ahead[0].done.wait()
         lines: list[str] = []
-        while ahead and len(lines) < CHUNK and is_known(ahead[0]):
+        while ahead and len(lines) < WINDOW and is_known(ahead[0]):
             ticket = ahead.popleft()
             if isinstance(ticket, Ticket):
                 self._leave(ticket)
@@ -2200,38 +2268,26 @@ class Lookups:
                 count(landing)
                 ticket = tell(ticket.question, landing, details)
             lines.append(ticket)
-        return join(lines)
+        return lines
 
-    async def _look_up(self, items: Sequence[str | BatchItem], details: bool, line: Line) -> list[str | Ticket]:
-        """For each item its line, if it can be told, or else its ticket."""
-        # First as given, for what is cached is normal: most need no more than this.
-        given = [item if isinstance(item, str) else "" for item in items]
-        cached = await self._cache.answers(given, details)
-        odd: dict[int, Question] = {}
-        found: list[str | Ticket] = [""] * len(items)
-        for index, item in enumerate(items):
-            if given[index] not in cached:
-                try:
-                    odd[index] = question_of(item)
-                except PydanticCustomError as error:
-                    vin = item if isinstance(item, str) else item.vin
-                    found[index] = compact({"vin": vin, "status": 422, "detail": error.message()})
-        if odd:
-            cached |= await self._cache.answers(list({*odd.values()} - cached.keys()), details)
-        for index, vin in enumerate(given):
-            question = odd.get(index, vin)
+    async def _look_up(self, rows: Sequence[Row], details: bool, line: Line) -> list[str | Ticket]:
+        """For each row its line, if it can be told, or else its ticket."""
+        asked: list[Question] = []
+        found: list[str | Ticket] = []  # empty for now, or what is wrong with the row
+        for row in rows:
+            try:
+                asked.append(ask(normalize_vin(row.vin), normalize_model_year(row.model_year)))
+                found.append("")
+            except PydanticCustomError as error:
+                asked.append("")
+                found.append(refusal(422, row.vin, error.message(), details))
+        cached = await self._cache.lines(asked, details)
+        for index, question in enumerate(asked):
             if answer := cached.get(question):
-                found[index] = line_of(self._serve(question, answer))
-            elif index in odd:
+                found[index] = self._serve(question, answer).body
+            elif question:
                 found[index] = await self._join(question, details, line)
         return found
-
-
-def question_of(item: str | BatchItem) -> Question:
-    """Raises PydanticCustomError for what is no VIN, or no model year."""
-    if isinstance(item, str):
-        return ask(normalize_vin(item))
-    return ask(normalize_vin(item.vin), str(normalize_model_year(item.model_year)))
 
 
 def is_known(ticket: str | Ticket) -> bool:
@@ -2246,23 +2302,260 @@ def count(landing: Landing) -> None:
     lookups_counter.add(1, {"outcome": outcome})
 
 
-def compact(line: dict[str, Any]) -> str:
-    return json.dumps(line, separators=(",", ":"))
-
-
-def join(lines: Iterable[str]) -> str:
-    return "\n".join(lines) + "\n"
-
-
-def line_of(answer: Answer) -> str:
-    """An answer as a line of a batch: the body of a lookup, with its status beside it if that is not 200."""
-    return answer.body if answer.status == 200 else f'{answer.body[:-1]},"status":{answer.status}}}'
+def refusal(status: int, vin: str, detail: str, details: bool) -> str:
+    return line(status, {"vin": vin, "detail": detail}, details)
 
 
 def tell(question: Question, landing: Landing, details: bool) -> str:
     if isinstance(landing, VpicUnavailable):
-        return compact({"vin": vin_of(question), "status": landing.status_code, "detail": landing.detail})
-    return line_of(landing.answer(details))
+        return refusal(landing.status_code, vin_of(question), landing.detail, details)
+    return landing.record.line(landing.outcome, details)
+
+
+# ======================================================================================================================
+# Fleet: a file of VINs as people keep it, a list or a spreadsheet's CSV; and what is told of it, as lines of JSON or as
+# CSV. An upload is received whole and read through once before it is answered: clients write all before they read, and
+# what is wrong with a file is then a 422. It is read in windows and by a thread: no lookup waits for the disk.
+# ======================================================================================================================
+
+TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
+
+LIST_CHARACTERS = 1000  # of a line of a list: where there are more, something ate the line ends
+ROW_CHARACTERS = 2**15  # of a row of CSV, of which some hundred are in memory at once
+PROGRESS = 60  # seconds from one line of the log to the next on how far a batch is
+
+SEND = (
+    "Send JSON with Content-Type: application/json, or a file as it is: text/plain with one VIN a line, or text/csv"
+    " with a column named vin"
+)
+EATEN = "one VIN a line; with curl use --data-binary, not -d"
+
+# What the letters of a column's name may be; of several columns the first counts.
+VIN_NAMES = {"vin", "vinnumber", "vinno", "vinnr", "vehicleidentificationnumber"}
+YEAR_NAMES = {"modelyear", "year"}
+
+SEPARATOR_LINE = re.compile(r"sep=(\t|[^\w\s\"])[\r\n]*")  # Excel's own, before the names
+LIST_LINE = re.compile(r"[^,;\t]*\d[^,;\t]*(,[^,;\t]*)?")  # no name of a column has a digit
+VIN_LIKE = re.compile(r"(?=[A-Za-z]*\d)[0-9A-Za-z]{17}")
+
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+PACKED = (b"\x1f\x8b", b"PK\3\4")  # gzip; zip, which a workbook is too
+
+FORMULA = {"=", "+", "-", "@", "\t", "\r"}  # a spreadsheet runs what begins so
+
+
+def is_json(content_type: str) -> bool:
+    """Whether FastAPI takes a body for JSON."""
+    return re.fullmatch(r"application/([^/;\s]+\+)?json", media_type(content_type)) is not None
+
+
+def media_type(header: str) -> str:
+    return header.partition(";")[0].strip().lower()
+
+
+class Layout(NamedTuple):
+    """How a CSV file is laid out: the separator, the line before the names, if any, and the names as they came; how
+    many columns there are, and which have the VIN and the model year."""
+
+    separator: str
+    before: str
+    names: str
+    columns: int
+    vin: int
+    model_year: int | None
+
+
+class Fleet:
+    """A file of VINs that is open. What is wrong with it is raised as a 422 that names the line."""
+
+    def __init__(self, file: BinaryIO, encoding: str, kind: str) -> None:
+        self.marked = encoding in BYTE_ORDER_MARKS.values()
+        # A byte that is no text becomes a lone surrogate here, which `_lines` finds in its line.
+        errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
+        self._text = io.TextIOWrapper(file, encoding, errors, newline="")
+        self._number = 0  # of the line that was read last
+        self.layout = self._find_layout(kind)
+
+    def rows(self) -> Iterator[Row]:
+        """The rows, from the first one; an empty line is none."""
+        layout = self.layout
+        if layout is None:
+            for line in self._lines(LIST_CHARACTERS):
+                if line.strip(EDGES):
+                    vin, _, model_year = line.rstrip("\r\n").partition(",")
+                    yield Row(vin, model_year)
+            return
+        for came, values in islice(self._sheet(layout.separator), 2 if layout.before else 1, None):
+            if len(values) > layout.columns:
+                raise self._invalid(f"{len(values)} columns, but only {layout.columns} have names")
+            missing = layout.columns - len(values)
+            came += layout.separator * missing
+            values += [""] * missing
+            model_year = "" if layout.model_year is None else values[layout.model_year]
+            # pandas writes a column of years that has gaps as 1994.0
+            yield Row(values[layout.vin], model_year.removesuffix(".0"), came)
+
+    def _find_layout(self, kind: str) -> Layout | None:
+        """By the first line and by what the file is said to be. None: a list, one VIN a line."""
+        first = next((line for line in self._lines(ROW_CHARACTERS) if line.strip(EDGES)), "")
+        if not first:
+            return None
+        if first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
+            raise self._invalid(EATEN)
+        if kind != CSV and first.lstrip(EDGES)[0] in "{[":
+            raise invalid("content_type", ("body",), SEND)
+        told = SEPARATOR_LINE.fullmatch(first)
+        layouts: list[Layout] = []
+        columns: list[str] = []
+        fault: RequestValidationError | None = None
+        for separator in told[1] if told else ",;\t":
+            try:
+                names, values = next(islice(self._sheet(separator), 1 if told else 0, None), ("", []))
+            except RequestValidationError as error:
+                fault = error
+                continue
+            columns = max(columns, values, key=len)
+            letters = [re.sub("[^a-z]", "", name.lower()) for name in values]
+            vins = [index for index, name in enumerate(letters) if name in VIN_NAMES]
+            years = [index for index, name in enumerate(letters) if name in YEAR_NAMES]
+            if vins:
+                before = first if told else ""
+                layouts.append(Layout(separator, before, names, len(values), vins[0], years[0] if years else None))
+        if layouts:
+            return max(layouts, key=lambda layout: layout.columns)
+        if kind == TEXT or (kind != CSV and LIST_LINE.fullmatch(first.strip(EDGES))):
+            return None
+        if fault and not columns:
+            raise fault
+        listed = ", ".join(ascii(name[:40]) for name in columns[:10]) + (", ..." if len(columns) > 10 else "")
+        raise invalid("columns", ("body",), f"No column is named vin; the first line names {listed or 'none'}")
+
+    def _sheet(self, separator: str) -> Iterator[tuple[str, list[str]]]:
+        """The rows of a CSV file: the text as it came, without the line end, and the values."""
+        parts: list[str] = []  # a line break in quotes does not end a row
+
+        def lines() -> Iterator[str]:
+            size = 0
+            for line in self._lines(ROW_CHARACTERS):
+                size = size + len(line) if parts else len(line)
+                parts.append(line)
+                if size > ROW_CHARACTERS:
+                    raise csv.Error(
+                        f"a row of more than {ROW_CHARACTERS:,} characters begins here; is a quote not closed?"
+                    )
+                yield line
+
+        try:
+            for values in csv.reader(lines(), delimiter=separator, strict=True):
+                if values:
+                    yield "".join(parts).rstrip("\r\n"), values
+                parts.clear()
+        except csv.Error as error:
+            self._number -= len(parts) - 1
+            cause = str(error).replace("unexpected end of data", "a quote that opens here is not closed")
+            raise self._invalid(cause) from None
+
+    def _lines(self, most: int) -> Iterator[str]:
+        """The lines, ends and all, of that many characters at most."""
+        self._text.seek(0)
+        self._number = 0
+        while True:
+            self._number += 1
+            try:
+                line = self._text.readline(most + 1)
+                line.encode()
+            except UnicodeError:
+                raise self._invalid("it is no text in UTF-8, UTF-16 or Windows-1252") from None
+            if len(line) > most:
+                raise self._invalid(f"more than {most:,} characters: {EATEN}")
+            if not line:
+                return
+            yield line
+
+    def _invalid(self, what: str) -> RequestValidationError:
+        return invalid("line", ("body", self._number), f"Line {self._number:,}: {what}")
+
+
+@asynccontextmanager
+async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> AsyncIterator[Fleet]:
+    """Receive a file and open it; it has no name, and is gone at the end, whatever happens.
+
+    Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, and a 422."""
+    utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
+    with ExitStack() as opened:
+        try:
+            # Beside the database: in a container nothing else may be writable, and memory is too dear.
+            made = await asyncio.to_thread(tempfile.TemporaryFile, dir=folder)
+            file = cast(BinaryIO, opened.enter_context(made))
+            async for piece in pieces:  # the last one is empty
+                await asyncio.to_thread(file.write, piece)
+                if encoding == "utf-8":
+                    try:
+                        utf_8.decode(piece, final=not piece)
+                    except UnicodeDecodeError:
+                        encoding = "cp1252"
+            await asyncio.to_thread(file.seek, 0)
+        except OSError as error:
+            log.warning("upload failed: %s", error)
+            raise UploadFailed(f"The file cannot be kept ({reason(error)}); send it again later.") from None
+        head = file.read(4)
+        if head.startswith(PACKED):
+            raise UnsupportedBody("The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
+        yield await asyncio.to_thread(Fleet, file, encoding, kind)
+
+
+async def in_windows(rows: Iterator[Row], kept: "deque[Row] | None" = None) -> AsyncIterator[list[Row]]:
+    """The rows, some at a time; `kept` gets them too."""
+    while window := await asyncio.to_thread(lambda: [*islice(rows, WINDOW)]):
+        if kept is not None:
+            kept.extend(window)
+        yield window
+
+
+async def noting(lines: AsyncIterator[list[str]], count: int, client: str) -> AsyncIterator[list[str]]:
+    """The lines; the log says now and then how many of them were told."""
+    told, next_note = 0, time.monotonic() + PROGRESS
+    async for some in lines:
+        yield some
+        told += len(some)
+        if time.monotonic() >= next_note:
+            next_note += PROGRESS
+            log.info("batch of %s: %d of %d lines told", client, told, count)
+
+
+async def as_jsonl(lines: AsyncIterator[list[str]]) -> AsyncIterator[str]:
+    async for some in lines:
+        yield "\n".join(some) + "\n"
+
+
+async def as_csv(
+    lines: AsyncIterator[list[str]], rows: "deque[Row]", fleet: Fleet | None, details: bool
+) -> AsyncIterator[bytes]:
+    """The rows as they came, each with its line behind it: the same columns, and ours, which say so in their names."""
+    layout = fleet and fleet.layout
+    separator = layout.separator if layout else ","
+    out = io.StringIO("\ufeff" if fleet and fleet.marked else "")
+    out.seek(0, io.SEEK_END)
+    writer = csv.writer(out, delimiter=separator)
+    if layout and layout.before:
+        out.write(f"sep={separator}\r\n")
+    out.write((layout.names if layout else "vin,model_year") + separator)
+    writer.writerow(f"decoded_{name}" for name in [*LINE, *["attributes"] * details])
+    yield out.getvalue().encode()
+    async for some in lines:
+        out.seek(0)
+        out.truncate()
+        for line in some:
+            row, told = rows.popleft(), json.loads(line)
+            told["cached_result"] = str(told["cached_result"]).lower()
+            if details:
+                told["attributes"] = json.dumps(told["attributes"], ensure_ascii=False)
+            if row.came:
+                out.write(row.came + separator)
+            ours = [f"'{word}" if isinstance(word, str) and word[:1] in FORMULA else word for word in told.values()]
+            writer.writerow(ours if row.came else [row.vin, row.model_year, *ours])
+        yield out.getvalue().encode(errors="replace")  # JSON may bring lone surrogates
 
 
 # ======================================================================================================================
@@ -2584,10 +2877,10 @@ def network(client: str) -> str:
     return client
 
 
-def bounded(scope: Scope, receive: Receive) -> Receive:
-    """The receiving of a body of bounded size. Raises BodyTooLarge, at once if a larger one is announced."""
-    too_large = BodyTooLarge("The body is too large; send less at a time.")
-    if int(Headers(scope=scope).get("content-length", 0)) > BODY_BYTES:
+def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
+    """The receiving of a body of that many bytes at most. Raises BodyTooLarge, at once if a larger one is announced."""
+    too_large = BodyTooLarge(f"The body is too large, more than {most:,} bytes; send less at a time.")
+    if int(Headers(scope=scope).get("content-length", 0)) > most:
         raise too_large
     size = 0
 
@@ -2595,7 +2888,7 @@ def bounded(scope: Scope, receive: Receive) -> Receive:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
-        if size > BODY_BYTES:
+        if size > most:
             raise too_large
         return message
 
@@ -2691,7 +2984,9 @@ class Front:
                 if tag := TAGS.get(path[1:].partition("/")[0]):
                     await scope["state"]["doors"].enter(scope, tag)
                 if scope["method"] == "POST":
-                    receive = bounded(scope, receive)
+                    is_file = path == "/lookup/batch" and not is_json(Headers(scope=scope).get("content-type", ""))
+                    most = scope["state"]["settings"].upload_bytes if is_file else BODY_BYTES
+                    receive = bounded(scope, receive, most)
                 elif scope["method"] == "GET" and tag == "lookup":
                     canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
                     if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):
@@ -2710,7 +3005,6 @@ def respond(answer: Answer) -> Response:
 # ======================================================================================================================
 
 PARQUET = "application/vnd.apache.parquet"
-JSONL = "application/jsonl"
 
 app = FastAPI(
     title="vincache",
@@ -2743,11 +3037,29 @@ LOOKUP: Told = {
 UNAVAILABLE: Told = {503: {"model": Problem, "description": "It can't be done at the moment"}}
 LINES_SENT: Told = {
     200: {
-        "content": {JSONL: {"schema": {"type": "string"}, "example": '{"vin": "1XPWD40X1ED215307", "make": ...}'}},
-        "description": "One line per VIN, in the order given: what /lookup answers, an error with its `status`",
+        "content": {
+            CSV: {"schema": {"type": "string"}, "example": "vin,decoded_status,decoded_vin,decoded_make\r\n"},
+            JSONL: {
+                "schema": {"type": "string"},
+                "example": '{"status": 200, "vin": "1XPWD40X1ED215307", "make": ...}',
+            },
+        },
+        "description": "One line per VIN, in the order given: `status`, what /lookup answers, and an error's `detail`."
+        " CSV is answered in CSV, all else in JSON Lines, unless `Accept` names the other; X-Total-Count has the lines",
     }
 }
 FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
+UPLOAD: Told = {
+    415: {"model": Problem, "description": "The body is compressed"},
+    503: {"model": Problem, "description": "The file can't be kept at the moment"},
+}
+FILES_TAKEN = {
+    TEXT: {"schema": {"type": "string"}, "example": "1XPWD40X1ED215307\n4ENGAAA85R1000007,1994\n"},
+    CSV: {
+        "schema": {"type": "string"},
+        "example": "unit,vin,model year\r\n7,1XPWD40X1ED215307,\r\n8,4ENGAAA85R1000007,1994\r\n",
+    },
+}
 FILE_SENT: Told = {
     200: FILE | {"description": "The file"},
     206: FILE | {"description": "A part of it, by Range"},
@@ -2844,22 +3156,79 @@ async def lookup_posted(body: LookupBody, request: Request) -> Response:
     return await look_up(request, body.question, body.details)
 
 
+class FileRoute(APIRoute):
+    """A route for what is not sent as JSON: FastAPI would read it into memory first."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if is_json(Headers(scope=scope).get("content-type", "")):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+files = APIRouter(route_class=FileRoute)
+
+
+async def received(request: Request) -> AsyncIterator[Fleet]:
+    """The file that is sent, for as long as its answer takes."""
+    kind = media_type(request.headers.get("content-type", ""))
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedBody("The body is compressed; send it as it is.")
+    if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
+        raise invalid("content_type", ("body",), SEND)
+    try:
+        async with receiving(request.stream(), request.state.settings.database.absolute().parent, kind) as fleet:
+            yield fleet
+    except ClientDisconnect:
+        raise HTTPException(499) from None
+
+
+@files.post("/lookup/batch", include_in_schema=False, dependencies=[queried("details")])
+async def lookup_file(
+    fleet: Annotated[Fleet, Depends(received)], request: Request, details: Details = False
+) -> StreamingResponse:
+    """Decode a file of VINs: a list, or CSV, whose columns come back with ours behind them."""
+    count = 0
+    async for window in in_windows(fleet.rows()):
+        count += len(window)
+    csv = fleet.layout is not None or media_type(request.headers.get("content-type", "")) == CSV
+    return await tell_lines(request, fleet.rows(), count, details, CSV if csv else JSONL, fleet)
+
+
+async def tell_lines(
+    request: Request, rows: Iterator[Row], count: int, details: bool, form: str, fleet: Fleet | None = None
+) -> StreamingResponse:
+    """The lines for so many rows, in this form unless another one is asked for."""
+    doors: Doors = request.state.doors
+    doors.check_size("lookup", count)
+    await doors.count(request.scope, "lookup", count - 1)  # one was counted at the door
+    for accepted in map(media_type, request.headers.get("accept", "").split(",")):
+        if accepted in (CSV, JSONL):
+            form = accepted
+            break
+    kept = deque[Row]() if form == CSV else None
+    client = request.client.host if request.client else "unknown"
+    lines = noting(request.state.lookups.batch(in_windows(rows, kept), details), count, client)
+    told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, details)
+    return StreamingResponse(told, headers={"X-Total-Count": str(count)}, media_type=form)
+
+
 @app.post(
     "/lookup/batch",
     tags=["lookup"],
     response_class=StreamingResponse,
-    responses=LINES_SENT | KEY | VIN | LIMIT | BODY,
-    dependencies=[by_key],
+    responses=LINES_SENT | KEY | VIN | LIMIT | BODY | UPLOAD,
+    openapi_extra={"requestBody": {"content": FILES_TAKEN}},
+    dependencies=[by_key, queried("details")],
 )
-async def lookup_batch(body: BatchBody, request: Request) -> StreamingResponse:
+async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
     """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
     limit = request.state.settings.batch_limit
     if len(body.vins) > limit:
         raise invalid("too_long", ("body", "vins"), f"At most {limit} VINs at a time")
-    doors: Doors = request.state.doors
-    doors.check_size("lookup", len(body.vins))
-    await doors.count(request.scope, "lookup", len(body.vins) - 1)  # one was counted at the door
-    return StreamingResponse(request.state.lookups.batch(body.vins, body.details), media_type=JSONL)
+    return await tell_lines(request, body.rows(), len(body.vins), body.details or details, JSONL)
+
+
+app.include_router(files)
 
 
 @app.delete("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key, queried("vin")])

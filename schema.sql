@@ -63,8 +63,9 @@ PRAGMA user_version   = 2;                       -- the number of this schema
 
 COMMIT;
 
--- A cached row as /lookup tells it: the HTTP status, and the body as JSON text. Temporary, so that it is always of the running
--- version; SQLite writes the JSON because a hit is then one string from the file to the socket.
+-- A cached row as /lookup tells it: the HTTP status, and the body as JSON text; and as a line of a batch, whose keys are always the
+-- same. Temporary, so that it is always of the running version; SQLite writes the JSON because a hit is then one string from the
+-- file to the socket.
 CREATE TEMP VIEW answers AS
 SELECT
     vin,
@@ -99,5 +100,23 @@ SELECT
         'cached_result',         json('true'),
         'source',                source,
         'fetched_at',            strftime('%Y-%m-%dT%H:%M:%SZ', fetched_at, 'unixepoch')
-    ) END AS body
+    ) END AS body,
+    json_object(
+        'status',                iif(decoded, 200, 404),
+        'vin',                   vin,
+        'make',                  iif(decoded, make, ''),
+        'model',                 iif(decoded, model, ''),
+        'model_year',            iif(decoded, model_year, ''),
+        'body_class',            iif(decoded, body_class, ''),
+        'cached_result',         json('true'),
+        'error_code',            error_code,
+        'error_text',            error_text,
+        'additional_error_text', additional_error_text,
+        'suggested_vin',         suggested_vin,
+        'possible_values',       possible_values,
+        'model_year_asked',      model_year_asked,
+        'source',                source,
+        'fetched_at',            strftime('%Y-%m-%dT%H:%M:%SZ', fetched_at, 'unixepoch'),
+        'detail',                iif(decoded, '', 'This VIN cannot be decoded; error_text says why.')
+    ) AS line
 FROM main.vehicles;
