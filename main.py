@@ -49,7 +49,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
-    ExitStack,
     asynccontextmanager,
     closing,
     contextmanager,
@@ -2460,16 +2459,17 @@ class Fleet:
         self._text.seek(0)
         self._number = 0
         while True:
-            self._number += 1
             try:
                 line = self._text.readline(most + 1)
                 line.encode()
             except UnicodeError:
+                self._number += 1
                 raise self._invalid("it is no text in UTF-8, UTF-16 or Windows-1252") from None
-            if len(line) > most:
-                raise self._invalid(f"more than {most:,} characters: {EATEN}")
             if not line:
                 return
+            self._number += 1
+            if len(line) > most:
+                raise self._invalid(f"more than {most:,} characters: {EATEN}")
             yield line
 
     def _invalid(self, what: str) -> RequestValidationError:
@@ -2482,11 +2482,11 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
 
     Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, and a 422."""
     utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
-    with ExitStack() as opened:
+    file: BinaryIO | None = None
+    try:
         try:
             # Beside the database: in a container nothing else may be writable, and memory is too dear.
-            made = await asyncio.to_thread(tempfile.TemporaryFile, dir=folder)
-            file = cast(BinaryIO, opened.enter_context(made))
+            file = cast(BinaryIO, await asyncio.to_thread(tempfile.TemporaryFile, dir=folder))
             async for piece in pieces:  # the last one is empty
                 await asyncio.to_thread(file.write, piece)
                 if encoding == "utf-8":
@@ -2503,6 +2503,10 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
             raise UnsupportedBody("The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
         encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
         yield await asyncio.to_thread(Fleet, file, encoding, kind)
+    finally:
+        if file is not None:
+            with suppress(OSError):  # on a full disk, of what could not be written
+                file.close()
 
 
 async def in_windows(rows: Iterator[Row], kept: "deque[Row] | None" = None) -> AsyncIterator[list[Row]]:
@@ -3194,6 +3198,9 @@ async def lookup_file(
     return await tell_lines(request, fleet.rows(), count, details, CSV if csv else JSONL, fleet)
 
 
+app.include_router(files)  # before the route for JSON, which would take all
+
+
 async def tell_lines(
     request: Request, rows: Iterator[Row], count: int, details: bool, form: str, fleet: Fleet | None = None
 ) -> StreamingResponse:
@@ -3226,9 +3233,6 @@ async def lookup_batch(body: BatchBody, request: Request, details: Details = Fal
     if len(body.vins) > limit:
         raise invalid("too_long", ("body", "vins"), f"At most {limit} VINs at a time")
     return await tell_lines(request, body.rows(), len(body.vins), body.details or details, JSONL)
-
-
-app.include_router(files)
 
 
 @app.delete("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key, queried("vin")])
