@@ -295,6 +295,8 @@ def last_model_year() -> int:
 
 def normalize_model_year(given: object) -> str:
     """A year as four digits, or nothing. Raises unless it is one that a vehicle of today may have."""
+    if given == "":
+        return ""
     last = last_model_year()
     if isinstance(given, float) and given.is_integer():  # in JSON, 1994.0 is an integer
         given = int(given)
@@ -2374,6 +2376,7 @@ class Fleet:
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
         self._number = 0  # of the line that was read last
         self.layout = self._find_layout(kind)
+        self.form = CSV if self.layout or kind == CSV else JSONL  # in which it is answered
 
     def rows(self) -> Iterator[Row]:
         """The rows, from the first one; an empty line is none."""
@@ -2510,8 +2513,9 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
 
 
 async def in_windows(rows: Iterator[Row], kept: "deque[Row] | None" = None) -> AsyncIterator[list[Row]]:
-    """The rows, some at a time; `kept` gets them too."""
-    while window := await asyncio.to_thread(lambda: [*islice(rows, WINDOW)]):
+    """The rows, some at a time; `kept` gets them too, where they are needed for CSV."""
+    size = WINDOW if kept is None else WINDOW // 2  # a line of CSV takes twice as long
+    while window := await asyncio.to_thread(lambda: [*islice(rows, size)]):
         if kept is not None:
             kept.extend(window)
         yield window
@@ -2882,10 +2886,15 @@ def network(client: str) -> str:
 
 
 def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
-    """The receiving of a body of that many bytes at most. Raises BodyTooLarge, at once if a larger one is announced."""
+    """The receiving of a body of that many bytes at most.
+
+    Raises BodyTooLarge, at once if a larger one is announced, and UnsupportedBody if it is compressed."""
+    headers = Headers(scope=scope)
     too_large = BodyTooLarge(f"The body is too large, more than {most:,} bytes; send less at a time.")
-    if int(Headers(scope=scope).get("content-length", 0)) > most:
+    if int(headers.get("content-length", 0)) > most:
         raise too_large
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedBody("The body is compressed; send it as it is.")
     size = 0
 
     async def receive_bounded() -> Message:
@@ -3027,6 +3036,7 @@ LIMIT: Told = {429: {"model": Problem, "description": "Too many; Retry-After say
 BODY: Told = {
     400: {"model": Problem, "description": "The body can't be read"},
     413: {"model": Problem, "description": "The body is too large"},
+    415: {"model": Problem, "description": "The body is compressed"},
 }
 VIN: Told = {422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"}}
 LOOKUP: Told = {
@@ -3053,10 +3063,7 @@ LINES_SENT: Told = {
     }
 }
 FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
-UPLOAD: Told = {
-    415: {"model": Problem, "description": "The body is compressed"},
-    503: {"model": Problem, "description": "The file can't be kept at the moment"},
-}
+UPLOAD: Told = {503: {"model": Problem, "description": "The file can't be kept at the moment"}}
 FILES_TAKEN = {
     TEXT: {"schema": {"type": "string"}, "example": "1XPWD40X1ED215307\n4ENGAAA85R1000007,1994\n"},
     CSV: {
@@ -3175,15 +3182,13 @@ files = APIRouter(route_class=FileRoute)
 async def received(request: Request) -> AsyncIterator[Fleet]:
     """The file that is sent, for as long as its answer takes."""
     kind = media_type(request.headers.get("content-type", ""))
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedBody("The body is compressed; send it as it is.")
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
         async with receiving(request.stream(), request.state.settings.database.absolute().parent, kind) as fleet:
             yield fleet
     except ClientDisconnect:
-        raise HTTPException(499) from None
+        raise HTTPException(499, "The client hung up") from None
 
 
 @files.post("/lookup/batch", include_in_schema=False, dependencies=[queried("details")])
@@ -3194,8 +3199,7 @@ async def lookup_file(
     count = 0
     async for window in in_windows(fleet.rows()):
         count += len(window)
-    csv = fleet.layout is not None or media_type(request.headers.get("content-type", "")) == CSV
-    return await tell_lines(request, fleet.rows(), count, details, CSV if csv else JSONL, fleet)
+    return await tell_lines(request, fleet.rows(), count, details, fleet.form, fleet)
 
 
 app.include_router(files)  # before the route for JSON, which would take all
@@ -3208,10 +3212,8 @@ async def tell_lines(
     doors: Doors = request.state.doors
     doors.check_size("lookup", count)
     await doors.count(request.scope, "lookup", count - 1)  # one was counted at the door
-    for accepted in map(media_type, request.headers.get("accept", "").split(",")):
-        if accepted in (CSV, JSONL):
-            form = accepted
-            break
+    accepted = map(media_type, request.headers.get("accept", "").split(","))
+    form = next((name for name in accepted if name in (CSV, JSONL)), form)
     kept = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
     lines = noting(request.state.lookups.batch(in_windows(rows, kept), details), count, client)
@@ -3224,7 +3226,7 @@ async def tell_lines(
     tags=["lookup"],
     response_class=StreamingResponse,
     responses=LINES_SENT | KEY | VIN | LIMIT | BODY | UPLOAD,
-    openapi_extra={"requestBody": {"content": FILES_TAKEN}},
+    openapi_extra={"requestBody": {"required": False, "content": FILES_TAKEN}},  # an empty file is a file
     dependencies=[by_key, queried("details")],
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
