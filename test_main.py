@@ -3958,7 +3958,7 @@ async def test_large_body_is_413_before_it_is_read(service: Service, route: str)
     ]
     for status, told, body in got:
         assert (status, b"content-type: application/json" in told) == (413, True)
-        assert json.loads(body) == {"detail": "The body is too large; send less at a time."}
+        assert json.loads(body) == {"detail": "A body has 4,194,304 bytes at most; send less at a time."}
 
 
 async def test_large_body_is_401_for_who_has_no_key(start: Start) -> None:
