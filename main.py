@@ -24,7 +24,6 @@ Glossary:
 import asyncio
 import errno
 import gc
-import hashlib
 import hmac
 import importlib.util
 import inspect
@@ -941,14 +940,15 @@ MIGRATE = {
 # CROSS JOIN makes SQLite go through the questions asked and look each up, never the other way round. What expired no
 # longer ago than the grace is an answer too, but not a fresh one; of a stand-in's word it is none.
 ANSWERS = """
-SELECT asked.value, status, body, expires_at > :now, fetched_at, fresh_until
+SELECT asked.value, status, body, iif(expires_at > :now, 'hit', 'stale'), fetched_at, fresh_until
 FROM json_each(:questions) AS asked
 CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
 WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 """
 
 DETAILS = """
-SELECT asked.value, status, json_set(body, '$.attributes', json(attributes)), expires_at > :now, fetched_at, fresh_until
+SELECT asked.value, status, json_set(body, '$.attributes', json(attributes)), iif(expires_at > :now, 'hit', 'stale'),
+       fetched_at, fresh_until
 FROM json_each(:questions) AS asked
 CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
 CROSS JOIN attributes USING (vin, model_year_asked)
@@ -1329,17 +1329,6 @@ def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
     return True
 
 
-class Cached(NamedTuple):
-    """What the cache says of a question: an HTTP status, the body as JSON text, whether it is fresh, and what an
-    `Answer` has of times."""
-
-    status: int
-    body: str
-    fresh: bool
-    fetched_at: int
-    fresh_until: int
-
-
 class Cache:
     """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
 
@@ -1347,7 +1336,7 @@ class Cache:
         self._store = store
         self._grace = grace
         self._faults: dict[str, str] = {}
-        self._asked: list[tuple[Question, asyncio.Future[Cached | None]]] = []
+        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
         self._answering: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[str] | None = None
         self._checked_at = -math.inf
@@ -1380,9 +1369,9 @@ class Cache:
         self._no_fault("written")
         return rows
 
-    async def hit(self, question: Question) -> Cached | None:
+    async def hit(self, question: Question) -> Answer | None:
         """What is cached, or None. Who comes while a statement is under way shares the next one."""
-        answer: asyncio.Future[Cached | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._asked.append((question, answer))
         if self._answering is None:
             self._answering = asyncio.create_task(self._answer())
@@ -1390,7 +1379,7 @@ class Cache:
 
     async def _answer(self) -> None:
         asked, self._asked = self._asked, []
-        found: dict[Question, Cached] = {}
+        found: dict[Question, Answer] = {}
         try:
             found = await self.answers([question for question, _ in asked])
         finally:  # whatever happened, nobody is left waiting
@@ -1399,11 +1388,11 @@ class Cache:
                     answer.set_result(found.get(question))
             self._answering = asyncio.create_task(self._answer()) if self._asked else None
 
-    async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Cached]:
+    async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
         """What is cached of these, with `attributes` if details are asked for and there."""
         parameters = {"questions": json.dumps(questions), "now": time.time(), "grace": self._grace}
         rows = await self._read(DETAILS if details else ANSWERS, parameters)
-        return {row[0]: Cached._make(row[1:]) for row in rows}
+        return {row[0]: Answer._make(row[1:]) for row in rows}
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
         """The rows of those that have one, fresh or not; and of all, which removal was the last of its VIN."""
@@ -1956,12 +1945,11 @@ class Lookups:
         cached = await self._cache.hit(question)
         return None if cached is None else self._serve(question, cached)
 
-    def _serve(self, question: Question, cached: Cached) -> Answer:
-        outcome = "hit" if cached.fresh else "stale"
-        if not cached.fresh:
+    def _serve(self, question: Question, cached: Answer) -> Answer:
+        if cached.outcome == "stale":
             self._refresh(question)
-        lookups_counter.add(1, {"outcome": outcome})
-        return Answer(cached.status, cached.body, outcome, cached.fetched_at, cached.fresh_until)
+        lookups_counter.add(1, {"outcome": cached.outcome})
+        return cached
 
     async def lookup(self, question: Question, details: bool = False) -> Answer:
         """The answer to one question, within `vpic_timeout`. Raises VpicUnavailable if there is none to be had."""
@@ -2787,27 +2775,33 @@ def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes
 
     A cache before us has to ask whether an answer still stands, unless the settings let it answer by itself for a
     while: counted from now on, for `Age` begins with vPIC's word. What may change at any time nobody keeps."""
-    settings: Settings = scope["state"]["settings"]
-    now, body, status = int(time.time()), answer.body.encode(), answer.status
-    age = max(0, now - answer.fetched_at)
-    headers = [(b"x-cache", X_CACHE[answer.outcome]), (b"age", b"%d" % age)]
-    if answer.fresh_until <= now:
+    status, text, outcome, fetched_at, fresh_until = answer
+    body, now = text.encode(), int(time.time())
+    age = max(0, now - fetched_at)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-cache", X_CACHE[outcome]),
+        (b"age", b"%d" % age),
+    ]
+    if fresh_until <= now:
         headers.append((b"cache-control", b"no-store"))
-    else:
-        keep = min(settings.max_age, answer.fresh_until - now)
-        control = b"max-age=%d" % (age + keep) if keep else b"no-cache"
-        if settings.private:  # nobody else's cache may have it, nor the browser's of who comes without the key
-            control = b"private, " + control
-            headers.append((b"vary", API_KEY.model.name.encode()))
-        headers.append((b"cache-control", control))
-        if status == 200:
-            etag = b'"%s"' % hashlib.blake2b(body, digest_size=8).hexdigest().encode()
-            headers.append((b"etag", etag))
-            if scope["method"] != "POST":
-                for name, value in scope["headers"]:
-                    if name == b"if-none-match" and (etag in value or value == b"*"):
-                        return 304, headers, b""
-    headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        return status, headers, body
+    settings: Settings = scope["state"]["settings"]
+    control = b"no-cache"
+    if settings.max_age:
+        control = b"max-age=%d" % (age + min(settings.max_age, fresh_until - now))
+    if settings.private:  # nobody else's cache may have it, nor the browser's of who comes without the key
+        control = b"private, " + control
+        headers.append((b"vary", b"X-API-Key"))
+    headers.append((b"cache-control", control))
+    if status == 200 and scope["method"] != "POST":
+        # Where two bodies have one checksum, they are not of the same second.
+        etag = b'"%x-%x"' % (fetched_at, zlib.crc32(body))
+        headers.append((b"etag", etag))
+        for name, value in scope["headers"]:
+            if name == b"if-none-match" and (etag in value or value == b"*"):
+                return 304, headers[2:], b""
     return status, headers, body
 
 
