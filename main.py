@@ -54,13 +54,14 @@ from contextlib import (
     contextmanager,
     suppress,
 )
+from copy import copy, deepcopy
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -70,7 +71,8 @@ import stamina
 from dotenv import dotenv_values
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
 from limits import RateLimitItem, RateLimitItemPerMinute
@@ -101,8 +103,9 @@ from pythonjsonlogger.json import JsonFormatter
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -140,6 +143,16 @@ def check_blanks(url: str) -> str:
     if re.search(r"\s", url):
         raise ValueError("a URL has no blanks")
     return url
+
+
+def check_origins(origins: str) -> str:
+    """The origins as given. Raises ValueError unless each is one as a browser sends it, or `*` for all."""
+    for origin in origins.split(",") if origins else ():
+        if not re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin.strip()):
+            raise ValueError(
+                "not origins like https://fleet.example.com, comma-separated, in small letters (empty: none)"
+            )
+    return origins
 
 
 def check_limit(limit: str) -> str:
@@ -204,6 +217,8 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: open to all
     private: bool = False  # the lookups want the key too
+    max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # caches before us may answer so long without asking us again
+    cors_origins: Annotated[str, AfterValidator(check_origins)] = ""  # whose pages may read us in a browser
     log: Literal["text", "json"] = "text"  # one line an event either way
     log_vins: bool = True  # false: our log lines have 1XP..........5307 for a VIN
     metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
@@ -315,8 +330,9 @@ Vin = Annotated[
         {
             "type": "string",
             "description": "17 ASCII letters and digits; case is folded, blanks and invisible characters around it go",
-            "pattern": f"^[{EDGE}]*[0-9A-Za-z]{{17}}[{EDGE}]*$",
-            "examples": ["1XPWD40X1ED215307"],
+            # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
+            "allOf": [{"pattern": f"^[{EDGE}]*[0-9A-Za-z]{{17}}[{EDGE}]*$"}],
+            "example": "1XPWD40X1ED215307",  # `examples` would not fill the field there
         }
     ),
 ]
@@ -549,11 +565,14 @@ class Decoded(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a lookup says: an HTTP status (200 or 404), the body as JSON text, and how it came about."""
+    """What a lookup says: an HTTP status (200 or 404), the body as JSON text, how it came about, and (unix seconds)
+    since when it is known and until when it will not change by itself; 0 if it may at any time."""
 
     status: int
     body: str
     outcome: str
+    fetched_at: int
+    fresh_until: int
 
 
 class Record(NamedTuple):
@@ -584,11 +603,10 @@ class Record(NamedTuple):
         """The answer with this record; `schema.sql` has its like for hits."""
         told = self._asdict() | {"cached_result": outcome in ("hit", "stale"), "fetched_at": utc(self.fetched_at)}
         told["attributes"] = json.loads(self.attributes or "{}")
-        without = None if details else {"attributes"}
-        if self.decoded:
-            return Answer(200, Vehicle.model_validate(told).model_dump_json(exclude=without), outcome)
-        outcome = outcome if told["cached_result"] else "undecodable"
-        return Answer(404, Undecodable.model_validate(told).model_dump_json(exclude=without), outcome)
+        model: type[Vehicle | Undecodable] = Vehicle if self.decoded else Undecodable
+        body = model.model_validate(told).model_dump_json(exclude=None if details else {"attributes"})
+        fresh_until = self.expires_at if self.source == "vpic" else 0
+        return Answer(200 if self.decoded else 404, body, outcome, self.fetched_at, fresh_until)
 
     def line(self, outcome: str, details: bool) -> str:
         """The line of a batch with this record; `schema.sql` has its like for hits."""
@@ -620,8 +638,11 @@ class VincacheError(HTTPException):
     `retry_after` (seconds) becomes the header Retry-After; `fields` stand beside `detail` in the body."""
 
     status = 500
+    patience: float | None = None  # seconds after which to ask again, where that is a guess
 
     def __init__(self, detail: str, *, retry_after: float | None = None, **fields: str) -> None:
+        if retry_after is None:
+            retry_after = self.patience
         # At least 1: a client that takes 0 at its word would ask again at once.
         headers = None if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
         super().__init__(self.status, detail, headers)
@@ -647,10 +668,12 @@ class UploadFailed(VincacheError):
 
 class CacheUnavailable(VincacheError):
     status = 503
+    patience = 5
 
 
 class ExportFailed(VincacheError):
     status = 503
+    patience = 5
 
 
 class VpicUnavailable(VincacheError):
@@ -676,11 +699,17 @@ class VpicUnavailable(VincacheError):
 
     def about(self, vin: str) -> "VpicUnavailable":
         """The same, for one caller and its VIN: a shared exception would gather the tracebacks of all."""
-        return VpicUnavailable(self.status, self.detail, retry_after=self.retry_after, vin=vin)
+        wait = self.retry_after
+        if wait is None and self.status == 503 and self.cause:  # vPIC refused; its limit is one by the minute
+            wait = 60
+        return VpicUnavailable(self.status, self.detail, retry_after=wait, vin=vin)
 
 
 def invalid(kind: str, loc: tuple[str | int, ...], msg: str) -> RequestValidationError:
     return RequestValidationError([{"type": kind, "loc": loc, "msg": msg}])
+
+
+NOT_STORED = {"Cache-Control": "no-store"}  # some statuses may else be kept by a cache before us
 
 
 async def render_error(request: Request, error: Exception) -> JSONResponse:
@@ -691,10 +720,11 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
         else:
             # Not `input` and `ctx`, which FastAPI echoes: a lone surrogate or a NaN in them would end in a 500.
             faults = [Fault(type=fault["type"], loc=list(fault["loc"]), msg=fault["msg"]) for fault in error.errors()]
-        return JSONResponse(Invalid(detail=faults).model_dump(), 422)
+        return JSONResponse(Invalid(detail=faults).model_dump(), 422, NOT_STORED)
     if isinstance(error, HTTPException):
-        return JSONResponse({"detail": error.detail, **getattr(error, "fields", {})}, error.status_code, error.headers)
-    return JSONResponse({"detail": "The service failed to answer this; its log has the cause."}, 500)
+        body = {"detail": error.detail, **getattr(error, "fields", {})}
+        return JSONResponse(body, error.status_code, NOT_STORED | dict(error.headers or {}))
+    return JSONResponse({"detail": "The service failed to answer this; its log has the cause."}, 500, NOT_STORED)
 
 
 # ======================================================================================================================
@@ -968,14 +998,15 @@ MIGRATE = {
 # CROSS JOIN makes SQLite go through the questions asked and look each up, never the other way round. What expired no
 # longer ago than the grace is an answer too, but not a fresh one; of a stand-in's word it is none.
 ANSWERS = """
-SELECT asked.value, status, body, expires_at > :now
+SELECT asked.value, status, body, iif(expires_at > :now, 'hit', 'stale'), fetched_at, fresh_until
 FROM json_each(:questions) AS asked
 CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
 WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 """
 
 DETAILS = """
-SELECT asked.value, status, json_set(body, '$.attributes', json(attributes)), expires_at > :now
+SELECT asked.value, status, json_set(body, '$.attributes', json(attributes)), iif(expires_at > :now, 'hit', 'stale'),
+       fetched_at, fresh_until
 FROM json_each(:questions) AS asked
 CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
 CROSS JOIN attributes USING (vin, model_year_asked)
@@ -1359,14 +1390,6 @@ def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
     return True
 
 
-class Cached(NamedTuple):
-    """What the cache says of a question: an HTTP status, the body as JSON text, and whether it is fresh."""
-
-    status: int
-    body: str
-    fresh: bool
-
-
 class Cache:
     """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
 
@@ -1374,7 +1397,7 @@ class Cache:
         self._store = store
         self._grace = grace
         self._faults: dict[str, str] = {}
-        self._asked: list[tuple[Question, asyncio.Future[Cached | None]]] = []
+        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
         self._answering: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[str] | None = None
         self._checked_at = -math.inf
@@ -1407,9 +1430,9 @@ class Cache:
         self._no_fault("written")
         return rows
 
-    async def hit(self, question: Question) -> Cached | None:
+    async def hit(self, question: Question) -> Answer | None:
         """What is cached, or None. Who comes while a statement is under way shares the next one."""
-        answer: asyncio.Future[Cached | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._asked.append((question, answer))
         if self._answering is None:
             self._answering = asyncio.create_task(self._answer())
@@ -1417,7 +1440,7 @@ class Cache:
 
     async def _answer(self) -> None:
         asked, self._asked = self._asked, []
-        found: dict[Question, Cached] = {}
+        found: dict[Question, Answer] = {}
         try:
             found = await self.answers([question for question, _ in asked])
         finally:  # whatever happened, nobody is left waiting
@@ -1426,18 +1449,18 @@ class Cache:
                     answer.set_result(found.get(question))
             self._answering = asyncio.create_task(self._answer()) if self._asked else None
 
-    async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Cached]:
+    async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
         """What is cached of these, with `attributes` if details are asked for and there."""
         return await self._cached(DETAILS if details else ANSWERS, questions)
 
-    async def lines(self, questions: Sequence[Question], details: bool) -> dict[Question, Cached]:
+    async def lines(self, questions: Sequence[Question], details: bool) -> dict[Question, Answer]:
         """The same, as lines of a batch."""
         return await self._cached(DETAILED_LINES if details else LINES, questions)
 
-    async def _cached(self, statement: str, questions: Sequence[Question]) -> dict[Question, Cached]:
+    async def _cached(self, statement: str, questions: Sequence[Question]) -> dict[Question, Answer]:
         parameters = {"questions": json.dumps(questions), "now": time.time(), "grace": self._grace}
         rows = await self._read(statement, parameters)
-        return {question: Cached(status, body, fresh) for question, status, body, fresh in rows}
+        return {row[0]: Answer._make(row[1:]) for row in rows}
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
         """The rows of those that have one, fresh or not; and of all, which removal was the last of its VIN."""
@@ -1990,12 +2013,11 @@ class Lookups:
         cached = await self._cache.hit(question)
         return None if cached is None else self._serve(question, cached)
 
-    def _serve(self, question: Question, cached: Cached) -> Answer:
-        outcome = "hit" if cached.fresh else "stale"
-        if not cached.fresh:
+    def _serve(self, question: Question, cached: Answer) -> Answer:
+        if cached.outcome == "stale":
             self._refresh(question)
-        lookups_counter.add(1, {"outcome": outcome})
-        return Answer(cached.status, cached.body, outcome)
+        lookups_counter.add(1, {"outcome": cached.outcome})
+        return cached
 
     async def lookup(self, question: Question, details: bool = False) -> Answer:
         """The answer to one question, within `vpic_timeout`. Raises VpicUnavailable if there is none to be had."""
@@ -2828,7 +2850,7 @@ Tag = Literal["lookup", "remove", "export", "metrics"]  # what a request is abou
 
 BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
 
-API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="Needed where the operator has set a key")
+API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="One of the keys that the operator has set")
 
 
 class Doors:
@@ -2837,17 +2859,17 @@ class Doors:
     def __init__(self, settings: Settings, rates: Rates) -> None:
         self._rates = rates
         self._keys = [key.encode() for key in settings.api_keys]
-        self._locked: set[Tag] = set()
+        self.locked: set[Tag] = set()
         if self._keys:
-            self._locked = {"remove", "export", "metrics", *(("lookup",) if settings.private else ())}
+            self.locked = {"remove", "export", "metrics", *(("lookup",) if settings.private else ())}
         else:
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
-        self._limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
+        self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
 
     async def enter(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
-        if tag in self._locked:
+        if tag in self.locked:
             given = Headers(scope=scope).get(API_KEY.model.name, "").encode("latin-1")
             # All are compared, as bytes and in constant time: the time taken tells nothing.
             if not any([hmac.compare_digest(given, key) for key in self._keys]):
@@ -2859,14 +2881,14 @@ class Doors:
 
     async def count(self, scope: Scope, tag: Tag, cost: int, counts: bool = True) -> None:
         """Raises TooManyRequests if that is more than the client has left of its share; then it does not count."""
-        if cost > 0 and (limit := self._limits.get(tag)) is not None:
+        if cost > 0 and (limit := self.limits.get(tag)) is not None:
             client, _ = scope["client"] or ("unknown", 0)
             if wait := await self._rates.client(limit, tag, network(client), cost, counts):
                 raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
 
     def check_size(self, tag: Tag, cost: int) -> None:
         """Raises a 422 if so much at once is more than the client's limit ever allows: to wait would not help."""
-        if (limit := self._limits.get(tag)) is not None and cost > limit.amount:
+        if (limit := self.limits.get(tag)) is not None and cost > limit.amount:
             raise invalid("too_long", ("body", "vins"), f"The limit is {limit}: {cost} at once never fit; send fewer")
 
 
@@ -2890,7 +2912,7 @@ def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
 
     Raises BodyTooLarge, at once if a larger one is announced, and UnsupportedBody if it is compressed."""
     headers = Headers(scope=scope)
-    too_large = BodyTooLarge(f"The body is too large, more than {most:,} bytes; send less at a time.")
+    too_large = BodyTooLarge(f"A body has {most:,} bytes at most; send less at a time.")
     if int(headers.get("content-length", 0)) > most:
         raise too_large
     if headers.get("content-encoding", "identity").lower() != "identity":
@@ -2987,30 +3009,107 @@ class Front:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif origins := scope["state"]["settings"].cors_origins:  # known since the start only, as is what to make of it
+            cors = CORSMiddleware(self._enter, [origin.strip() for origin in origins.split(",")], **CORS)
+            await cors(scope, receive, send)
+        else:
+            await self._enter(scope, receive, send)
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope["root_path"])
+        if path == PREFIX or path.startswith(f"{PREFIX}/"):
+            path = path.removeprefix(PREFIX)
+            scope["root_path"] += PREFIX  # for the router: so much of the path has been dealt with
+        method, tag = scope["method"], TAGS.get(path[1:].partition("/")[0])
         answer = self._app
-        if scope["type"] == "http":
-            path = scope["path"].removeprefix(scope["root_path"])
-            if path == PREFIX or path.startswith(f"{PREFIX}/"):
-                path = path.removeprefix(PREFIX)
-                scope["root_path"] += PREFIX  # for the router: so much of the path has been dealt with
-            try:
-                if tag := TAGS.get(path[1:].partition("/")[0]):
-                    await scope["state"]["doors"].enter(scope, tag)
-                if scope["method"] == "POST":
-                    is_file = path == "/lookup/batch" and not is_json(Headers(scope=scope).get("content-type", ""))
-                    most = scope["state"]["settings"].upload_bytes if is_file else BODY_BYTES
-                    receive = bounded(scope, receive, most)
-                elif scope["method"] == "GET" and tag == "lookup":
-                    canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
-                    if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):
-                        answer = respond(hit)
-            except HTTPException as error:
-                answer = await render_error(Request(scope), error)
+        try:
+            if tag and method != "OPTIONS":  # it tells no more than /docs, and browsers ask it without a key
+                await scope["state"]["doors"].enter(scope, tag)
+            if tag == "lookup" and method in ("GET", "HEAD"):
+                canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
+                if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):
+                    status, headers, body = rendered(hit, scope)  # a Response would do the same, but not as fast
+                    await send({"type": "http.response.start", "status": status, "headers": headers})
+                    await send({"type": "http.response.body", "body": body})
+                    return
+            answer = detour(scope, path) or self._app
+            if method == "POST":
+                is_file = path == "/lookup/batch" and not is_json(Headers(scope=scope).get("content-type", ""))
+                most = scope["state"]["settings"].upload_bytes if is_file else BODY_BYTES
+                receive = bounded(scope, receive, most)
+        except HTTPException as error:
+            answer = await render_error(Request(scope), error)
         await answer(scope, receive, send)
 
 
-def respond(answer: Answer) -> Response:
-    return Response(answer.body, answer.status, media_type="application/json")
+CORS: dict[str, Any] = {
+    "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
+    "allow_headers": ["X-API-Key", "If-None-Match", "Range"],
+    "expose_headers": ["Age", "Content-Disposition", "Content-Range", "ETag", "Retry-After", "X-Cache"],
+}
+
+
+def detour(scope: Scope, path: str) -> Response | None:
+    """The answer to a request that the routes have none for: what its path allows, or where it should have gone.
+
+    Raises a 405 for a method that the path does not have."""
+    routes: list[Route] = scope["app"].routes
+    # /lookup/batch is itself, and no /lookup/{vin}.
+    here = [route for route in routes if route.path == path] or [r for r in routes if r.path_regex.match(path)]
+    if here:
+        methods = {"OPTIONS"}.union(*(route.methods or () for route in here))
+        allow = {"Allow": ", ".join(sorted(methods))}
+        if scope["method"] == "OPTIONS":
+            return Response(status_code=204, headers=allow)
+        if scope["method"] not in methods:
+            raise HTTPException(405, headers=allow)
+    elif not path:
+        return RedirectResponse(f"{PREFIX.rpartition('/')[2]}/")
+    elif path.endswith("/") and any(route.path_regex.match(path[:-1]) for route in routes):
+        # Relative: what the address is outside, only the proxy knows.
+        query = scope["query_string"].decode("latin-1")
+        return RedirectResponse(f"../{quote(path.split('/')[-2], safe='')}" + (f"?{query}" if query else ""))
+    return None
+
+
+X_CACHE = {"hit": b"HIT", "stale": b"STALE", "vpic": b"MISS", "offline": b"OFFLINE"}
+
+
+def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """An answer in HTTP: its status, headers and body; or a 304 if the client says that it has it already.
+
+    A cache before us has to ask whether an answer still stands, unless the settings let it answer by itself for a
+    while: counted from now on, for `Age` begins with vPIC's word. What may change at any time nobody keeps."""
+    status, text, outcome, fetched_at, fresh_until = answer
+    body, now = text.encode(), int(time.time())
+    age = max(0, now - fetched_at)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-cache", X_CACHE[outcome]),
+        (b"age", b"%d" % age),
+    ]
+    if fresh_until <= now:
+        headers.append((b"cache-control", b"no-store"))
+        return status, headers, body
+    settings: Settings = scope["state"]["settings"]
+    control = b"no-cache"
+    if settings.max_age:
+        control = b"max-age=%d" % (age + min(settings.max_age, fresh_until - now))
+    if settings.private:  # nobody else's cache may have it, nor the browser's of who comes without the key
+        control = b"private, " + control
+        headers.append((b"vary", b"X-API-Key"))
+    headers.append((b"cache-control", control))
+    if status == 200 and scope["method"] != "POST":
+        # Where two bodies have one checksum, they are not of the same second.
+        etag = b'"%x-%x"' % (fetched_at, zlib.crc32(body))
+        headers.append((b"etag", etag))
+        for name, value in scope["headers"]:
+            if name == b"if-none-match" and (etag in value or value == b"*"):
+                return 304, headers[2:], b""
+    return status, headers, body
 
 
 # ======================================================================================================================
@@ -3026,17 +3125,32 @@ app = FastAPI(
     lifespan=lifespan,
     middleware=[Middleware(Front)],
     exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
-    redoc_url=None,
+    openapi_url=None,  # both have a route of their own below
+    docs_url=None,
+    redirect_slashes=False,  # Front's are relative
 )
 
 Told = dict[int | str, dict[str, Any]]
 
-KEY: Told = {401: {"model": Problem, "description": "No key, or a wrong one"}}
-LIMIT: Told = {429: {"model": Problem, "description": "Too many; Retry-After says when to ask again"}}
+
+def problem(description: str, detail: str, **fields: str) -> dict[str, Any]:
+    """An error, with a sentence of it."""
+    example = {"detail": detail, **fields}
+    content = {"application/json": {"example": example}}
+    return {"model": VinProblem if fields else Problem, "description": description, "content": content}
+
+
+EXAMPLE = "1XPWD40X1ED215307"
+
+# With the limits' numbers where `described` knows them.
+KEY: Told = {401: problem("No key, or a wrong one", "Not authenticated")}
+LIMIT: Told = {429: problem("Too many; Retry-After says when", "The limit is 10 per 1 minute; ask again later.")}
 BODY: Told = {
-    400: {"model": Problem, "description": "The body can't be read"},
-    413: {"model": Problem, "description": "The body is too large"},
-    415: {"model": Problem, "description": "The body is compressed"},
+    400: problem("The body can't be read", "There was an error parsing the body"),
+    413: problem(
+        f"The body has more than {BODY_BYTES:,} bytes", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."
+    ),
+    415: problem("The body is compressed", "The body is compressed; send it as it is."),
 }
 VIN: Told = {422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"}}
 LOOKUP: Told = {
@@ -3044,13 +3158,26 @@ LOOKUP: Told = {
     **VIN,
     **LIMIT,
     404: {"model": Undecodable, "description": "vPIC can't decode this VIN; that is cached too"},
-    502: {"model": VinProblem, "description": "vPIC can't be reached, or its answer makes no sense"},
-    503: {"model": VinProblem, "description": "vPIC refuses, or is not asked; Retry-After where it is known"},
-    504: {"model": VinProblem, "description": "vPIC did not answer in time"},
+    502: problem(
+        "vPIC can't be reached, or its answer makes no sense", "vPIC cannot be reached; ask again later.", vin=EXAMPLE
+    ),
+    503: problem(
+        "vPIC refuses, or is not asked; Retry-After says when to ask again",
+        "vPIC fails and is left alone for now; ask again later.",
+        vin=EXAMPLE,
+    ),
+    504: problem("vPIC did not answer in time", "vPIC did not answer in time; ask again later.", vin=EXAMPLE),
 }
-UNAVAILABLE: Told = {503: {"model": Problem, "description": "It can't be done at the moment"}}
+SAME: Told = {304: {"description": "It is what If-None-Match names"}}
+UNAVAILABLE: Told = {
+    503: problem(
+        "It can't be done at the moment; Retry-After says when to ask again",
+        "The cache cannot be written at the moment; ask again later.",
+    )
+}
 LINES_SENT: Told = {
     200: {
+        # The first is what /docs asks for, which can't show the other.
         "content": {
             CSV: {"schema": {"type": "string"}, "example": "vin,decoded_status,decoded_vin,decoded_make\r\n"},
             JSONL: {
@@ -3079,7 +3206,12 @@ FILE_SENT: Told = {
     416: {"description": "A range that the file does not have"},
 }
 
-by_key = Security(API_KEY)  # for /docs only: the door has checked it
+by_key = Security(API_KEY)  # for the schema only, and there `described` decides: the door has checked it
+
+
+def filled(body: Any, others: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What stands in the body's field in /docs; and what else may be sent, by content type."""
+    return {"requestBody": {"content": {"application/json": {"example": body}, **(others or {})}}}
 
 
 def queried(*known: str) -> Any:
@@ -3110,7 +3242,12 @@ async def look_up(request: Request, question: Question, details: bool) -> Respon
     leaving = asyncio.create_task(hang_up())
     try:
         await asyncio.wait([looking, leaving], return_when=asyncio.FIRST_COMPLETED)
-        return respond(looking.result()) if looking.done() else Response(status_code=499)
+        if not looking.done():
+            return Response(status_code=499)
+        status, headers, body = rendered(looking.result(), request.scope)
+        response = Response(body, status)
+        response.raw_headers = headers
+        return response
     finally:
         looking.cancel()
         leaving.cancel()
@@ -3143,25 +3280,35 @@ Details = Annotated[bool, Query(description="With all that vPIC says, as `attrib
 
 
 @app.get(
-    "/lookup",
-    tags=["lookup"],
-    response_model=Vehicle,
-    responses=LOOKUP,
-    dependencies=[by_key, queried("vin", "model_year", "details")],
-)
-@app.get(
     "/lookup/{vin}",
     tags=["lookup"],
+    summary="Decode a VIN",
     response_model=Vehicle,
-    responses=LOOKUP,
+    responses=LOOKUP | SAME,
     dependencies=[by_key, queried("model_year", "details")],
+)
+@app.get(
+    "/lookup",
+    tags=["lookup"],
+    summary="Decode a VIN",
+    response_model=Vehicle,
+    responses=LOOKUP | SAME,
+    dependencies=[by_key, queried("vin", "model_year", "details")],
 )
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return await look_up(request, ask(vin, model_year), details)
 
 
-@app.post("/lookup", tags=["lookup"], response_model=Vehicle, responses=LOOKUP | BODY, dependencies=[by_key])
+@app.post(
+    "/lookup",
+    tags=["lookup"],
+    summary="Decode a VIN",
+    response_model=Vehicle,
+    responses=LOOKUP | BODY,
+    dependencies=[by_key],
+    openapi_extra=filled({"vin": EXAMPLE}),
+)
 async def lookup_posted(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return await look_up(request, body.question, body.details)
@@ -3224,10 +3371,11 @@ async def tell_lines(
 @app.post(
     "/lookup/batch",
     tags=["lookup"],
+    summary="Decode many VINs",
     response_class=StreamingResponse,
     responses=LINES_SENT | KEY | VIN | LIMIT | BODY | UPLOAD,
-    openapi_extra={"requestBody": {"required": False, "content": FILES_TAKEN}},  # an empty file is a file
     dependencies=[by_key, queried("details")],
+    openapi_extra=filled({"vins": [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]}, FILES_TAKEN),
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
     """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
@@ -3237,14 +3385,28 @@ async def lookup_batch(body: BatchBody, request: Request, details: Details = Fal
     return await tell_lines(request, body.rows(), len(body.vins), body.details or details, JSONL)
 
 
-@app.delete("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key, queried("vin")])
-@app.delete("/remove/{vin}", tags=["cache"], responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key, queried()])
+@app.delete(
+    "/remove/{vin}",
+    tags=["cache"],
+    summary="Forget a VIN",
+    responses=KEY | VIN | UNAVAILABLE,
+    dependencies=[by_key, queried()],
+)
+@app.delete(
+    "/remove",
+    tags=["cache"],
+    summary="Forget a VIN",
+    responses=KEY | VIN | UNAVAILABLE,
+    dependencies=[by_key, queried("vin")],
+)
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return Removed(vin=vin, cache_delete_success=await request.state.cache.remove(vin))
 
 
-@app.post("/remove", tags=["cache"], responses=KEY | VIN | UNAVAILABLE | BODY, dependencies=[by_key])
+@app.post(
+    "/remove", tags=["cache"], summary="Forget a VIN", responses=KEY | VIN | UNAVAILABLE | BODY, dependencies=[by_key]
+)
 async def remove_posted(body: RemoveBody, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return await remove(body.vin, request)
@@ -3253,13 +3415,12 @@ async def remove_posted(body: RemoveBody, request: Request) -> Removed:
 @app.get(
     "/export",
     tags=["export"],
+    summary="Download the cache",
     response_class=FileResponse,
     responses=FILE_SENT | KEY | LIMIT | VIN | UNAVAILABLE,
     dependencies=[by_key, queried("compression", "details")],
 )
 @app.get("/export.parquet", include_in_schema=False, dependencies=[queried("compression", "details")])
-@app.head("/export", include_in_schema=False, dependencies=[queried("compression", "details")])
-@app.head("/export.parquet", include_in_schema=False, dependencies=[queried("compression", "details")])
 async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
     """Download the whole cache as one Parquet file: every row, expired and undecodable ones too.
 
@@ -3284,19 +3445,24 @@ async def export(request: Request, compression: Compression = "zstd", details: D
     return response
 
 
-@app.get("/healthz")
-@app.head("/healthz", include_in_schema=False)
+@app.get("/healthz", tags=["health"], summary="See whether it lives")
 async def healthz() -> Health:
     """A sign of life, no more."""
     return Health()
 
 
-@app.get("/readyz", responses={503: {"model": Readiness, "description": "The cache can't be used"}})
-@app.head("/readyz", include_in_schema=False)
+@app.get(
+    "/readyz",
+    tags=["health"],
+    summary="See whether the cache works",
+    responses={503: {"model": Readiness, "description": "The cache can't be used; Retry-After says when to ask again"}},
+)
 async def readyz(request: Request, response: Response) -> Readiness:
     """Whether the cache can be read and written. vPIC's state is told, but lookups go on without it."""
     cache, vpic = await request.state.cache.check(), request.state.vpic
-    response.status_code = 200 if cache == "ok" else 503
+    if cache != "ok":
+        response.status_code = 503
+        response.headers["Retry-After"] = "1"  # what was found holds for a second
     return Readiness(
         status="ok" if cache == "ok" else "unavailable", cache=cache, vpic=vpic.breaker.state if vpic else "offline"
     )
@@ -3315,6 +3481,63 @@ async def scraped(request: Request) -> Response:
 @app.get("/", include_in_schema=False)
 async def index() -> RedirectResponse:
     return RedirectResponse("docs")  # relative: under the prefix and behind a proxy, too
+
+
+def described(doors: Doors, settings: Settings) -> dict[str, Any]:
+    """The schema, as it is with these settings: a key only where one is wanted, and the limits' numbers."""
+    schema = deepcopy(app.openapi())
+    for path, operations in schema["paths"].items():
+        tag = TAGS.get(path.split("/")[1])
+        for operation in operations.values():
+            responses = operation["responses"]
+            if tag not in doors.locked:
+                operation.pop("security", None)
+                responses.pop("401", None)
+            if "429" in responses and (limit := doors.limits.get(cast(Tag, tag))):
+                responses["429"]["description"] = f"More than {limit}; Retry-After says when to ask again"
+            else:
+                responses.pop("429", None)
+    if not doors.locked:
+        del schema["components"]["securitySchemes"]
+    schema["components"]["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
+    return schema
+
+
+@app.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> JSONResponse:
+    schema = described(request.state.doors, request.state.settings)
+    if root_path := request.scope["root_path"]:
+        schema["servers"] = [{"url": root_path}]
+    return JSONResponse(schema)
+
+
+@app.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """The schema as a page, for people; all addresses in it are relative, and none is another host's."""
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=app.title,
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="docs/favicon-32x32.png",
+        swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True, "persistAuthorization": True},
+    )
+
+
+PAGES = StaticFiles(packages=[("fastapi_swagger", "resources")])
+
+
+@app.get("/docs/{file}", include_in_schema=False)
+async def docs_file(file: str, request: Request) -> Response:
+    return await PAGES.get_response(file, request.scope)
+
+
+# HEAD is there wherever GET is.
+for route in cast(list[Route], app.routes[:]):
+    if route.methods == {"GET"}:
+        head = copy(route)
+        head.methods, head.include_in_schema = {"HEAD"}, False
+        app.routes.append(head)
 
 
 # Now, so that uvicorn's first lines have the form too; a bad setting is told by the lifespan.

@@ -71,7 +71,9 @@ SELECT
     vin,
     model_year_asked,
     source,
+    fetched_at,
     expires_at,
+    iif(source = 'vpic', expires_at, 0) AS fresh_until,  -- until then it stays as it is; a stand-in's word may end at any time
     iif(decoded, 200, 404) AS status,
     CASE WHEN decoded THEN json_object(
         'vin',                   vin,
