@@ -69,7 +69,7 @@ import aiosqlite
 import limits.errors
 import stamina
 from dotenv import dotenv_values
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
+from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
@@ -2358,7 +2358,7 @@ VIN_NAMES = {"vin", "vinnumber", "vinno", "vinnr", "vehicleidentificationnumber"
 YEAR_NAMES = {"modelyear", "year"}
 
 SEPARATOR_LINE = re.compile(r"sep=(\t|[^\w\s\"])[\r\n]*")  # Excel's own, before the names
-LIST_LINE = re.compile(r"[^,;\t]*\d[^,;\t]*(,[^,;\t]*)?")  # no name of a column has a digit
+LIST_LINE = re.compile(r"([^,;\t]*\d[^,;\t]*|[A-Za-z]{17})(,[^,;\t]*)?")  # no name of a column has a digit
 VIN_LIKE = re.compile(r"(?=[A-Za-z]*\d)[0-9A-Za-z]{17}")
 
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -3323,9 +3323,6 @@ class FileRoute(APIRoute):
         return super().matches(scope)
 
 
-files = APIRouter(route_class=FileRoute)
-
-
 async def received(request: Request) -> AsyncIterator[Fleet]:
     """The file that is sent, for as long as its answer takes."""
     kind = media_type(request.headers.get("content-type", ""))
@@ -3338,7 +3335,6 @@ async def received(request: Request) -> AsyncIterator[Fleet]:
         raise HTTPException(499, "The client hung up") from None
 
 
-@files.post("/lookup/batch", include_in_schema=False, dependencies=[queried("details")])
 async def lookup_file(
     fleet: Annotated[Fleet, Depends(received)], request: Request, details: Details = False
 ) -> StreamingResponse:
@@ -3349,7 +3345,12 @@ async def lookup_file(
     return await tell_lines(request, fleet.rows(), count, details, fleet.form, fleet)
 
 
-app.include_router(files)  # before the route for JSON, which would take all
+# Before the route for JSON, which would take all.
+app.routes.append(
+    FileRoute(
+        "/lookup/batch", lookup_file, methods=["POST"], include_in_schema=False, dependencies=[queried("details")]
+    )
+)
 
 
 async def tell_lines(
