@@ -664,6 +664,7 @@ class UnsupportedBody(VincacheError):
 
 class UploadFailed(VincacheError):
     status = 503
+    patience = 60
 
 
 class CacheUnavailable(VincacheError):
@@ -3190,7 +3191,9 @@ LINES_SENT: Told = {
     }
 }
 FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
-UPLOAD: Told = {503: {"model": Problem, "description": "The file can't be kept at the moment"}}
+UPLOAD: Told = {
+    503: problem("The file can't be kept", "The file cannot be kept (No space left on device); send it again later.")
+}
 FILES_TAKEN = {
     TEXT: {"schema": {"type": "string"}, "example": "1XPWD40X1ED215307\n4ENGAAA85R1000007,1994\n"},
     CSV: {

@@ -7,12 +7,15 @@ ultravin) in vPIC's own form, and misbehaves on demand. No test reaches any addr
 
 import asyncio
 import base64
+import csv
 import gc
+import gzip
 import io
 import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -28,6 +31,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import cache
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 from urllib.parse import quote
 
@@ -3256,6 +3260,378 @@ async def test_cases_from_the_field(service: Service, vin: str) -> None:
             assert expected in (None, body[word])
         assert doubt is None or (body["additional_error_text"] == DOUBT) is doubt
         assert body["possible_values"].startswith(possible)
+
+
+# ======================================================================================================================
+# Fleet: files as people have them, sent as people send them. What can't be read is told with its line before anything
+# is answered; and whatever becomes of the client, its file is gone.
+# ======================================================================================================================
+
+TEXT, CSV, FORM = "text/plain", "text/csv", "application/x-www-form-urlencoded"  # which curl says of whatever it sends
+FLEET = f"{TRUCK}\n{FIRE_ENGINE},1994\n"
+FLEET_YEARS = [(TRUCK, "2014"), (FIRE_ENGINE, "1994")]
+
+
+async def upload(service: Service, content: Any, kind: str | None = FORM, path: str = "", **headers: str) -> Any:
+    """Status, body and headers of the answer to a file; `kind` is what it is said to be."""
+    headers |= {"Content-Type": kind} if kind else {}
+    return await service.ask(
+        "POST", f"/lookup/batch{path}", data=content, headers=headers, skip_auto_headers=["Content-Type"]
+    )
+
+
+def sheet(content: str, separator: str = ",") -> list[dict[str, str]]:
+    """A CSV file as a spreadsheet sees it."""
+    content = content.removeprefix("\ufeff").removeprefix(f"sep={separator}\r\n")
+    return [*csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)]
+
+
+def uploads(folder: Path) -> list[str]:
+    """The unnamed files that this process has open there."""
+    links = [*Path("/proc/self/fd").iterdir()]
+    return [
+        name for link in links if (name := os.readlink(link) if link.is_symlink() else "").startswith(f"{folder}/#")
+    ]
+
+
+LISTS = {
+    "as curl sends it": (FORM, FLEET.encode()),
+    "text": (TEXT, FLEET.encode()),
+    "text with a charset": ("Text/Plain; charset=utf-8", FLEET.encode()),
+    "octets": ("application/octet-stream", FLEET.encode()),
+    "of no type": (None, FLEET.encode()),
+    "CR LF": (FORM, FLEET.replace("\n", "\r\n").encode()),
+    "CR": (FORM, FLEET.replace("\n", "\r").encode()),
+    "without the last line end": (FORM, FLEET.rstrip().encode()),
+    "BOM": (FORM, FLEET.encode("utf-8-sig")),
+    "UTF-16": (FORM, FLEET.encode("utf-16")),
+    "UTF-16, big end first": (TEXT, b"\xfe\xff" + FLEET.encode("utf-16-be")),
+    "no-break spaces in Windows-1252": (FORM, FLEET.replace("\n", "\u00a0\n").encode("cp1252")),
+    "blank lines, blanks, small letters": (FORM, f"\n \n{FLEET.lower()}\r\n\t\n".replace(",", " , ").encode()),
+}
+
+
+@pytest.mark.parametrize(("kind", "content"), LISTS.values(), ids=LISTS)
+async def test_a_list_of_vins_is_answered_in_json_lines(service: Service, kind: str | None, content: bytes) -> None:
+    """One VIN a line, the model year after a comma, however it was saved and whatever it is said to be."""
+    for prefix in PREFIXES:
+        status, body, headers = await service.ask(
+            "POST",
+            f"{prefix}/lookup/batch",
+            data=content,
+            headers={"Content-Type": kind} if kind else {},
+            skip_auto_headers=["Content-Type"],
+        )
+        assert (status, headers["Content-Type"], headers["X-Total-Count"]) == (200, "application/jsonl", "2")
+        lines = [json.loads(line) for line in body.splitlines()]
+        assert [(line["vin"], line["model_year"]) for line in lines] == FLEET_YEARS
+    assert service.vpic.asked == [TRUCK, f"{FIRE_ENGINE},1994"]
+
+
+SHEET = "unit,vin,model year,note\r\n" + f'7,{TRUCK},,"a, b; c"\r\n' + f'"8",{FIRE_ENGINE},1994,\r\n'
+SEMICOLONS = f'unit;vin;year\r\n7;{TRUCK};\r\n"8;";{FIRE_ENGINE};1994\r\n'
+
+# What the file says, how it was saved, and its separator.
+SHEETS = {
+    "commas": (SHEET, "utf-8", ","),
+    "semicolons": (SEMICOLONS, "utf-8", ";"),
+    "tabs": (SEMICOLONS.replace('"8;"', '"8\t"').replace(";", "\t"), "utf-8", "\t"),
+    "Excel's line before the names": (f"sep=;\r\n{SEMICOLONS}", "utf-8", ";"),
+    "a separator that only that line tells": (f"sep=|\r\n{SEMICOLONS.replace(';', '|')}", "utf-8", "|"),
+    "LF": (SHEET.replace("\r\n", "\n"), "utf-8", ","),
+    "CR": (SHEET.replace("\r\n", "\r"), "utf-8", ","),
+    "without the last line end": (SHEET.rstrip(), "utf-8", ","),
+    "line breaks in quotes": (SHEET.replace("a, b", "a\r\nb\nc").replace("note", '"no\nte"'), "utf-8", ","),
+    "BOM": (SHEET, "utf-8-sig", ","),
+    "UTF-16": (SEMICOLONS.replace(";", "\t"), "utf-16", "\t"),
+    "Windows-1252": (SHEET.replace("a, b", "Köln €"), "cp1252", ","),
+    "UTF-8 beyond ASCII": (SHEET.replace("a, b", "Köln €"), "utf-8", ","),
+    "names in capitals": (SHEET.replace("vin", "VIN"), "utf-8", ","),
+    "VIN-No.": (SHEET.replace("vin", "VIN-No."), "utf-8", ","),
+    "vin_number": (SHEET.replace("vin", "vin_number"), "utf-8", ","),
+    "Vin Nr": (SHEET.replace("vin", '"Vin Nr"'), "utf-8", ","),
+    "the whole name": (SHEET.replace("vin", "Vehicle Identification Number"), "utf-8", ","),
+    "two such columns": (SHEET.replace("note", "VIN Number"), "utf-8", ","),
+    "years as pandas writes them": (SHEET.replace("1994", "1994.0"), "utf-8", ","),
+    "a short row": (SHEET.replace("1994,", "1994"), "utf-8", ","),
+    "an empty line": (SHEET.replace("\r\n", "\r\n\r\n"), "utf-8", ","),
+    "padded VINs": (SHEET.replace(TRUCK, f"\u00a0{TRUCK}\u200b\0").replace("note", "\u200b"), "utf-8", ","),
+}
+
+
+@pytest.mark.parametrize(("content", "encoding", "separator"), SHEETS.values(), ids=SHEETS)
+async def test_a_spreadsheet_comes_back_with_our_columns_behind(
+    service: Service, content: str, encoding: str, separator: str
+) -> None:
+    """The columns that came have the values that they had, ours say so in their names; UTF-8, and a BOM for a BOM."""
+    status, body, headers = await upload(service, content.encode(encoding))
+    assert (status, headers["X-Total-Count"]) == (200, "2")
+    assert headers["Content-Type"] == "text/csv; charset=utf-8"
+    told = body.decode()
+    assert told.startswith("\ufeff") == (encoding in ("utf-8-sig", "utf-16"))
+    rows, came = sheet(told, separator), sheet(content, separator)
+    assert [{name: row[name] for name in was} for row, was in zip(rows, came, strict=True)] == [
+        {name: value or "" for name, value in was.items()} for was in came
+    ]
+    assert [*rows[0]] == [*came[0], *(f"decoded_{key}" for key in KEYS)]
+    assert [(row["decoded_vin"], row["decoded_model_year"]) for row in rows] == FLEET_YEARS
+    assert [row["decoded_cached_result"] for row in rows] == ["false"] * 2
+    assert told.endswith("\r\n")
+
+
+async def test_what_came_in_a_row_goes_out_as_it_came(service: Service) -> None:
+    """Byte for byte, quotes and blanks too; a bad row has its sentence in decoded_detail."""
+    names, good, bad = 'a , "b",vin', f'\'=1,"""x""",{TRUCK}', '007," ",short'
+    _, body, _ = await upload(service, f"{names}\n{good}\n{bad}\n".encode())
+    told = body.decode().split("\r\n")
+    assert told[0] == f"{names},{','.join(f'decoded_{key}' for key in KEYS)}"
+    assert told[1].startswith(f"{good},200,{TRUCK},PETERBILT,388,2014,Truck-Tractor,false,0,0 - VIN decoded clean.")
+    assert told[2:] == [f'{bad},422,short,,,,,false,,,,,,,,,"5 characters, not 17"', ""]
+
+
+REFUSED_FILES = {
+    "no such column": (FORM, b"unit,make\n7,Ford\n", "No column is named vin; the first line names 'unit', 'make'"),
+    "CSV without names": (CSV, SHEET.encode()[26:], f"No column is named vin; the first line names '7', '{TRUCK}',"),
+    "more values than names": (FORM, SHEET.encode() + b"9,A,1994,b,c\n", "Line 4: 5 columns, but only 4 have names"),
+    "a quote that is not closed": (FORM, SHEET.encode() + b'9,A,,"b\nc\n', "Line 4: a quote that opens here is not cl"),
+    "a quote that is never closed": (
+        FORM,
+        SHEET.encode() + b'9,A,,"b' + b"c\n" * 20_000,
+        "Line 4: a row of more than 32,768 characters begins here; is a quote not closed?",
+    ),
+    "a long line": (TEXT, FLEET.encode() + b"A" * 1001, f"Line 3: more than 1,000 characters: {main.EATEN}"),
+    "a list whose line ends curl -d ate": (FORM, FLEET.replace("\n", "").encode(), f"Line 1: {main.EATEN}"),
+    "a sheet whose line ends curl -d ate": (FORM, SHEET.replace("\r\n", "").encode(), f"Line 1: {main.EATEN}"),
+    "no text": (FORM, FLEET.encode() + b"\x81\n", "Line 3: it is no text in UTF-8, UTF-16 or Windows-1252"),
+    "half a character of UTF-16": (FORM, FLEET.encode("utf-16") + b"A", "Line 3: it is no text in UTF-8, UTF-16 or"),
+    "JSON that is not called so": (FORM, b'{"vins": []}', main.SEND),
+    "an image": ("image/png", b"\x89PNG", main.SEND),
+    "a form's file": ("multipart/form-data; boundary=x", b"--x--", main.SEND),
+}
+
+
+@pytest.mark.parametrize(("kind", "content", "told"), REFUSED_FILES.values(), ids=REFUSED_FILES)
+async def test_a_file_that_cannot_be_read_is_422_with_its_line(
+    service: Service, caplog: pytest.LogCaptureFixture, kind: str, content: bytes, told: str
+) -> None:
+    """Before anything is asked or answered."""
+    status, body, _ = await upload(service, content, kind)
+    assert (status, len(body["detail"])) == (422, 1)
+    assert body["detail"][0]["msg"].startswith(told)
+    assert (service.vpic.calls, logged(caplog)) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (zlib.compress(FLEET.encode()), {"Content-Encoding": "deflate"}),
+        (gzip.compress(FLEET.encode()), {}),
+        (b"PK\3\4" + NOISE, {}),
+    ],
+    ids=["said", "gzip", "a workbook"],
+)
+async def test_what_is_compressed_is_415(service: Service, content: bytes, headers: dict[str, str]) -> None:
+    """Whether it is said or seen."""
+    status, body, _ = await upload(service, content, **headers)
+    assert (status, [*body], body["detail"].split(";")[0][-10:]) == (415, ["detail"], "compressed")
+
+
+async def test_json_that_is_compressed_is_415(service: Service) -> None:
+    """Not a 422 for the JSON that it is not."""
+    body = gzip.compress(json.dumps({"vin": TRUCK}).encode())
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert (await service.ask("POST", "/lookup", data=body, headers=headers))[0] == 415
+
+
+async def test_a_file_without_vins_is_answered_without_lines(service: Service) -> None:
+    """Nothing for nothing; of a spreadsheet the names."""
+    ours = ",".join(f"decoded_{key}" for key in KEYS).encode()
+    for content, kind, told in (
+        (b"", FORM, b""),
+        (b" \n\n", TEXT, b""),
+        (b"", CSV, b"vin,model_year," + ours + b"\r\n"),
+        (b"unit,vin", FORM, b"unit,vin," + ours + b"\r\n"),
+        (b"vin\n", TEXT, b"vin," + ours + b"\r\n"),
+    ):
+        status, body, headers = await upload(service, content, kind)
+        assert (status, body, headers["X-Total-Count"]) == (200, told, "0"), (content, kind)
+
+
+async def test_accept_chooses_the_form_of_the_answer(service: Service) -> None:
+    """Also of JSON, which has no columns but the VIN and the year."""
+    _, body, headers = await upload(service, SHEET.encode(), Accept="application/jsonl;q=0.9, */*")
+    assert (headers["Content-Type"], len(body.splitlines())) == ("application/jsonl", 2)
+    for content, kind in ((FLEET.encode(), TEXT), (json.dumps({"vins": [TRUCK, "bad"]}).encode(), "application/json")):
+        _, body, headers = await upload(service, content, kind, Accept="text/csv")
+        assert headers["Content-Type"] == "text/csv; charset=utf-8"
+        first, last = sheet(body.decode())
+        assert [*first] == ["vin", "model_year", *(f"decoded_{key}" for key in KEYS)]
+        assert (first["vin"], first["decoded_make"], last["decoded_status"]) == (
+            (TRUCK, "PETERBILT", "200") if kind == TEXT else (TRUCK, "PETERBILT", "422")
+        )
+
+
+async def test_details_are_a_column(service: Service) -> None:
+    """As JSON text, which is empty where there are none; and a parameter that is not known is refused."""
+    _, body, _ = await upload(service, SHEET.encode() + b"9,bad,,\n", path="?details=true")
+    *good, bad = [json.loads(row["decoded_attributes"]) for row in sheet(body.decode())]
+    assert ([row["VehicleType"] for row in good], bad) == (["TRUCK", "TRUCK"], {})
+    _, body, _ = await upload(service, FLEET.encode(), path="?details=true")
+    assert [json.loads(line)["attributes"] for line in body.splitlines()] == good
+    status, body, _ = await upload(service, FLEET.encode(), path="?detail=true")
+    assert (status, body["detail"][0]["msg"]) == (422, "Unknown parameter: 'detail' (did you mean details?)")
+
+
+@pytest.mark.parametrize("formula", ["=1+1", "+1", "-1", "@SUM(A1)"])
+async def test_what_a_spreadsheet_would_run_is_told_harmless(service: Service, formula: str) -> None:
+    """In our columns; what came is the client's own, and JSON runs nowhere."""
+    service.vpic.fault = says(lambda vin: honest(vin, Make=formula, Model="a-b"))
+    _, body, _ = await upload(service, f"note,vin\n{formula},{TRUCK}\n".encode())
+    [row] = sheet(body.decode())
+    assert (row["note"], row["decoded_make"], row["decoded_model"]) == (formula, f"'{formula}", "a-b")
+    assert json.loads((await upload(service, TRUCK.encode()))[1])["make"] == formula
+
+
+async def test_errors_far_behind_can_be_seen_by_who_reads_columns(service: Service) -> None:
+    """polars takes its columns from the first lines."""
+    fill(service.database, 150)
+    _, body, _ = await upload(service, "\n".join([*trucks(150, 0), "bad", "worse"]).encode())
+    polars = pytest.importorskip("polars")
+    frame = polars.read_ndjson(body, infer_schema_length=100)
+    assert frame["status"].to_list() == [200] * 150 + [422] * 2
+    assert frame["detail"].to_list()[-2:] == ["3 characters, not 17", "5 characters, not 17"]
+
+
+async def test_curl_sends_a_file_in_one_line(start: Start, tmp_path: Path) -> None:
+    """As the README has it; with -d in its place, which eats the line ends, it is told."""
+    (tmp_path / "fleet.csv").write_text(SHEET, newline="")
+    (tmp_path / "fleet.txt").write_text(FLEET)
+    async with start() as service:
+
+        async def curl(*options: str) -> str:
+            url = f"http://127.0.0.1:{service.port}/lookup/batch"
+            process = await asyncio.create_subprocess_exec("curl", "-sS", *options, url, cwd=tmp_path, stdout=PIPE)
+            return (await process.communicate())[0].decode()
+
+        assert [row["decoded_vin"] for row in sheet(await curl("--data-binary", "@fleet.csv"))] == [TRUCK, FIRE_ENGINE]
+        assert [json.loads(line)["status"] for line in (await curl("--data-binary", "@fleet.txt")).splitlines()] == [
+            200,
+            200,
+        ]
+        assert main.EATEN in await curl("-d", "@fleet.csv")
+        assert main.EATEN in await curl("-d", "@fleet.txt")
+
+
+async def test_who_writes_all_before_reading_is_answered(service: Service) -> None:
+    """Most clients do; the file and its answer are larger than all that the sockets hold."""
+    content = ("vin,note\n" + f"bad,{'x' * 1000}\n" * 10_000).encode()
+    head = f"POST /lookup/batch HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+
+    def work() -> bytes:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=60) as sock:
+            sock.sendall(head.encode() + content)
+            return b"".join(iter(lambda: sock.recv(2**20), b""))
+
+    answer = await asyncio.to_thread(work)
+    assert b"200 OK" in answer[:20]
+    assert answer.count(b'"3 characters, not 17"') == 10_000
+
+
+@NEEDS_PROC
+@pytest.mark.parametrize("when", ["before", "between", "while it is told"])
+async def test_the_file_is_gone_when_the_client_is(
+    start: Start, vpic: PlayedVpic, tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """Before all of it has come, before the first line, and in the midst of them; nothing of it is an error of ours."""
+    content = "\n".join(trucks(100)).encode()
+    async with start() as service:
+        if when != "while it is told":
+            vpic.fault = hangs
+        head = f"POST /lookup/batch HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content) + (when == 'before')}\r\n\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(head.encode() + content)
+        await until(lambda: uploads(tmp_path) if when == "before" else vpic.calls)
+        if when == "while it is told":
+            await reader.readuntil(b'"status":200')
+        assert len(uploads(tmp_path)) == 1
+        writer.transport.abort()
+        await until(lambda: not uploads(tmp_path))
+        assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("cache.db")] == []
+    assert logged(caplog, level=logging.ERROR) == []
+
+
+@NEEDS_PROC
+async def test_the_file_is_gone_when_it_is_answered(service: Service, tmp_path: Path) -> None:
+    """And when it is refused."""
+    for content in (FLEET.encode(), SHEET.encode(), b"unit\n7\n", SHEET.encode() + b'"'):
+        await upload(service, content)
+        await until(lambda: not uploads(tmp_path))
+
+
+async def test_a_fleet_goes_on_where_it_was_left(service: Service) -> None:
+    """Who hangs up and sends the same file again has nothing asked twice."""
+    content = "\n".join(vins := trucks(500)).encode()
+    service.vpic.delay = 0.2
+    leaving = asyncio.create_task(upload(service, content))
+    await until(lambda: len(service.vpic.calls) == 4)
+    leaving.cancel()
+    await until(lambda: len(service.rows()) == 200)
+    _, body, _ = await upload(service, content)
+    assert [json.loads(line)["vin"] for line in body.splitlines()] == vins
+    assert sorted(service.vpic.asked) == vins
+
+
+async def test_the_log_says_how_far_a_long_one_is(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lines told, of how many, for whom."""
+    monkeypatch.setattr(main, "PROGRESS", 0)
+    await upload(service, b"bad1\n" * 250)
+    assert logged(caplog, "batch", logging.INFO) == [
+        f"batch of 127.0.0.1: {n} of 250 lines told" for n in (100, 200, 250)
+    ]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_file_larger_than_allowed_is_413_that_says_the_number(start: Start, announced: bool) -> None:
+    """UPLOAD_BYTES is for files; JSON has a bound of its own."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(11):
+            yield b"x" * 99 + b"\n"
+
+    async with start(upload_bytes=1000) as service:
+        told = await upload(service, b"x" * 1001 if announced else pieces())
+        assert told[:2] == (413, {"detail": "A body has 1,000 bytes at most; send less at a time."})
+        assert (await upload(service, b"bad1\n" * 200))[0] == 200
+        assert len(await service.batch(["bad"] * 1000)) == 1000
+
+
+async def test_a_file_counts_its_vins(start: Start) -> None:
+    """Against LOOKUP_LIMIT; BATCH_LIMIT is for JSON."""
+    async with start(lookup_limit="5/minute", batch_limit=1) as service:
+        assert (await upload(service, b"bad1\n" * 3))[0] == 200
+        status, body, headers = await upload(service, b"bad1\n" * 3)
+        assert (status, 0 < int(headers["Retry-After"]) <= 60) == (429, True)
+        status, body, _ = await upload(service, b"bad1\n" * 6)
+        assert (status, body["detail"][0]["msg"]) == (
+            422,
+            "The limit is 5 per 1 minute: 6 at once never fit; send fewer",
+        )
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="files of a process can be bounded on Linux only")
+async def test_a_file_that_cannot_be_kept_is_503(launch: Launch, vpic: PlayedVpic) -> None:
+    """A full disk, played by a bound on a process's files: it costs the upload, nothing else."""
+    process = launch()
+    async with process.serving(vpic) as service:
+        await service.lookup(TRUCK)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
+        status, body, headers = await upload(service, io.BytesIO(b"bad1\n" * 400_000))
+        told = "The file cannot be kept (File too large); send it again later."
+        assert (status, body, int(headers["Retry-After"]) > 0) == (503, {"detail": told}, True)
+        assert (await service.lookup(TRUCK))[1]["cached_result"] is True
+    assert process.log.read_text().count("upload failed: ") == 1
 
 
 # ======================================================================================================================
