@@ -673,6 +673,9 @@ async def test_life_of_a_vin(start: Start, vpic: PlayedVpic) -> None:
         ("api_key", " , "),
         ("private", "true"),
         ("private", "2"),
+        ("max_age", "-1"),
+        ("cors_origins", "fleet.example.com"),
+        ("cors_origins", "https://fleet.example.com/"),
         ("log", "xml"),
     ],
 )
@@ -4573,6 +4576,204 @@ async def test_workers_replace_a_damaged_file_once_for_all(launch: Launch, tmp_p
         assert (await ask(f"{process.url}/readyz"))[0] == 200
     assert [(await ask(f"{process.url}/lookup/{vin}"))[1]["cached_result"] for vin in trucks(8) * 4] == [True] * 32
     assert is_whole(database)
+
+
+# ======================================================================================================================
+# Front: HTTP as clients, caches and browsers go by it.
+# ======================================================================================================================
+
+METHODS = {
+    "/": "GET, HEAD, OPTIONS",
+    "/lookup": "GET, HEAD, OPTIONS, POST",
+    f"/lookup/{TRUCK}": "GET, HEAD, OPTIONS",
+    "/lookup/batch": "OPTIONS, POST",
+    "/remove": "DELETE, OPTIONS, POST",
+    f"/remove/{TRUCK}": "DELETE, OPTIONS",
+    "/export": "GET, HEAD, OPTIONS",
+    "/export.parquet": "GET, HEAD, OPTIONS",
+    "/healthz": "GET, HEAD, OPTIONS",
+    "/readyz": "GET, HEAD, OPTIONS",
+    "/metrics": "GET, HEAD, OPTIONS",
+    "/docs": "GET, HEAD, OPTIONS",
+    "/openapi.json": "GET, HEAD, OPTIONS",
+}
+
+
+@pytest.mark.parametrize(("path", "allowed"), METHODS.items(), ids=METHODS)
+async def test_a_path_names_all_its_methods(start: Start, path: str, allowed: str) -> None:
+    """OPTIONS does, without a key; and so does a 405 to who has one."""
+    async with start(api_key="k", private="true") as service:
+        for prefix in PREFIXES:
+            status, body, headers = await service.ask("OPTIONS", prefix + path)
+            assert (status, body, headers["Allow"]) == (204, b"", allowed)
+            for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - {*allowed.split(", ")}:
+                status, body, headers = await service.ask(method, prefix + path, headers={"X-API-Key": "k"})
+                assert (status, body) == (405, {"detail": "Method Not Allowed"})
+                assert headers["Allow"] == allowed
+
+
+GETS = {
+    "/": 307,
+    f"/lookup?vin={TRUCK}": 200,
+    f"/lookup/{TRUCK}": 200,
+    f"/lookup/{UNKNOWN}?details=true": 404,
+    "/lookup?vin=bad": 422,
+    "/healthz": 200,
+    "/readyz": 200,
+    "/metrics": 404,
+    "/docs": 200,
+    "/docs/swagger-ui.css": 200,
+    "/openapi.json": 200,
+    "/nowhere": 404,
+}
+
+
+@pytest.mark.parametrize(("path", "status"), GETS.items(), ids=GETS)
+async def test_head_is_get_without_the_body(service: Service, path: str, status: int) -> None:
+    """The same status and headers, hits included; /export has tests of its own."""
+    for vin in (TRUCK, UNKNOWN):
+        await service.lookup(vin)
+    for prefix in PREFIXES:
+        got = await service.ask("GET", prefix + path, allow_redirects=False)
+        head = await service.ask("HEAD", prefix + path, allow_redirects=False)
+        assert (got[0], head[0], head[1]) == (status, status, b"")
+        for name in ("Content-Type", "Content-Length", "ETag", "Cache-Control", "Location", "X-Cache"):
+            assert head[2].get(name) == got[2].get(name), name
+    assert service.vpic.calls == [[TRUCK], [UNKNOWN]]
+
+
+@pytest.mark.parametrize(
+    ("path", "location"),
+    [
+        ("/", "docs"),
+        ("/api/v1", "v1/"),
+        ("/api/v1/", "docs"),
+        ("/docs/", "../docs"),
+        ("/api/v1/healthz/", "../healthz"),
+        (f"/lookup/{TRUCK}/?model_year=2014&details=true", f"../{TRUCK}?model_year=2014&details=true"),
+        (f"/lookup/%20{TRUCK}%3F/", f"../%20{TRUCK}%3F"),
+    ],
+)
+async def test_redirects_are_relative(service: Service, path: str, location: str) -> None:
+    """What the address is outside only the proxy knows."""
+    status, _, headers = await service.ask("GET", yarl.URL(path, encoded=True), allow_redirects=False)
+    assert (status, headers["Location"]) == (307, location)
+
+
+def caching(answer: tuple[int, Any, Any]) -> tuple[int, str | None, str | None]:
+    """Of an answer the status, and what it tells caches."""
+    return answer[0], answer[2].get("X-Cache"), answer[2].get("Cache-Control")
+
+
+async def test_an_answer_tells_how_it_came_about_and_how_long_it_stands(start: Start, vpic: PlayedVpic) -> None:
+    """What vPIC said may be kept by who asks whether it still stands; what may change soon, and errors, may not."""
+    vin = f"/lookup?vin={TRUCK}"
+    async with start() as service:
+        assert caching(await service.ask("GET", vin)) == (200, "MISS", "no-cache")
+        for form in (vin, f"/lookup/{TRUCK}", f"{vin}&details=true", f"/lookup?vin={TRUCK.lower()}"):
+            assert caching(await service.ask("GET", form)) == (200, "HIT", "no-cache")
+        for outcome in ("MISS", "HIT"):
+            assert caching(await service.send(LOOKUPS[0], UNKNOWN)) == (404, outcome, "no-cache")
+        service.expire(TRUCK, days=1)
+        vpic.fault = refuses(403)
+        assert caching(await service.ask("GET", vin)) == (200, "STALE", "no-store")
+        service.expire(TRUCK, days=8)
+        assert caching(await service.send(LOOKUPS[1], TRUCK)) == (200, "STALE", "no-store")
+        assert caching(await service.send(LOOKUPS[0], OTHER_TRUCK)) == (200, "OFFLINE", "no-store")
+        assert caching(await service.send(LOOKUPS[0], OTHER_TRUCK)) == (200, "HIT", "no-store")
+        for path, status in (("/lookup?vin=bad", 422), ("/nowhere", 404), ("/lookup/batch", 405)):
+            assert caching(await service.ask("GET", path)) == (status, None, "no-store")
+
+
+async def test_a_hit_tells_its_age(service: Service) -> None:
+    """Seconds since vPIC said so."""
+    await service.lookup(TRUCK)
+    sql(service.database, "UPDATE vehicles SET fetched_at = fetched_at - 100")
+    for form in LOOKUPS:
+        assert 100 <= int((await service.send(form, TRUCK))[2]["Age"]) < 110
+
+
+async def test_who_has_the_answer_is_told_so(service: Service) -> None:
+    """304 for its ETag, until a removal or another answer; never for a POST, nor for what must not be kept."""
+    vin = f"/lookup?vin={TRUCK}"
+    await service.lookup(TRUCK)
+    etag = (await service.ask("GET", vin))[2]["ETag"]
+    for method in ("GET", "HEAD"):
+        for known in (etag, f'"other", W/{etag}', "*"):
+            status, body, headers = await service.ask(method, vin, headers={"If-None-Match": known})
+            assert (status, body, headers["ETag"], headers["Cache-Control"]) == (304, b"", etag, "no-cache")
+            assert "Content-Type" not in headers
+    assert (await service.ask("GET", vin, headers={"If-None-Match": '"other"'}))[0] == 200
+    assert (await service.send(LOOKUPS[2], TRUCK, headers={"If-None-Match": etag}))[0] == 200
+    sql(service.database, "UPDATE vehicles SET model = '389'")
+    assert (await service.ask("GET", vin, headers={"If-None-Match": etag}))[0] == 200
+    await service.delete(f"/remove/{TRUCK}")
+    assert caching(await service.ask("GET", vin, headers={"If-None-Match": etag})) == (200, "MISS", "no-cache")
+    service.expire(TRUCK, days=1)
+    assert (await service.ask("GET", vin, headers={"If-None-Match": "*"}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "expires_in", "kept"),
+    [
+        ({"max_age": 60}, 1000, "max-age=160"),
+        ({"max_age": 60}, 40, "max-age=140"),
+        ({"max_age": 60, "private": "true", "api_key": "k"}, 1000, "private, max-age=160"),
+        ({"private": "true", "api_key": "k"}, 1000, "private, no-cache"),
+    ],
+)
+async def test_a_setting_lets_caches_keep_an_answer(
+    start: Start, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expires_in: int, kept: str
+) -> None:
+    """For a while from now on, which begins at the answer's age, and never beyond its end; behind a key for itself."""
+    async with start(**settings) as service:
+        client = {"headers": {"X-API-Key": "k"}}
+        await service.send(LOOKUPS[0], TRUCK, **client)
+        now = int(time.time())
+        sql(service.database, "UPDATE vehicles SET fetched_at = ?, expires_at = ?", now - 100, now + expires_in)
+        monkeypatch.setattr(time, "time", lambda: now + 0.5)
+        _, _, headers = await service.send(LOOKUPS[0], TRUCK, **client)
+        assert (headers["Age"], headers["Cache-Control"]) == ("100", kept)
+        assert headers.get("Vary") == ("X-API-Key" if "private" in settings else None)
+
+
+async def test_what_waiting_helps_says_when(start: Start, vpic: PlayedVpic) -> None:
+    """Each 503 and 429 has Retry-After: of a refusing vPIC, of a cache that can't be written, of an unready service."""
+    async with start(busy_timeout=0.1, offline="false", lookup_limit="1/minute") as service:
+        vpic.fault = refuses(403)
+        with locked(service.database):
+            answers = [
+                await service.send(LOOKUPS[0], TRUCK),
+                await service.send(LOOKUPS[0], TRUCK),
+                await service.ask("DELETE", f"/remove/{TRUCK}"),
+                await service.ask("GET", "/readyz"),
+            ]
+    assert [(status, int(headers["Retry-After"]) > 0) for status, _, headers in answers] == [
+        (503, True),
+        (429, True),
+        (503, True),
+        (503, True),
+    ]
+
+
+async def test_pages_of_other_origins_may_ask_where_they_are_named(start: Start) -> None:
+    """A browser's question beforehand needs no key; errors can be read, too; nobody else is let in."""
+    ours, other = "https://fleet.example", "https://other.example"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,x-api-key"}
+    async with start(cors_origins=f"{ours}, http://localhost:3000", api_key="k", private="true") as service:
+        for origin in (ours, "http://localhost:3000"):
+            status, _, headers = await service.ask("OPTIONS", "/lookup", headers={"Origin": origin, **asked})
+            assert (status, headers["Access-Control-Allow-Origin"]) == (200, origin)
+            status, _, headers = await service.send(LOOKUPS[0], TRUCK, headers={"Origin": origin})
+            assert (status, headers["Access-Control-Allow-Origin"]) == (401, origin)
+        status, _, headers = await service.send(LOOKUPS[0], TRUCK, headers={"Origin": ours, "X-API-Key": "k"})
+        assert (status, "X-Cache" in headers["Access-Control-Expose-Headers"]) == (200, True)
+        assert (await service.ask("OPTIONS", "/lookup", headers={"Origin": other, **asked}))[0] == 400
+        _, _, headers = await service.send(LOOKUPS[0], TRUCK, headers={"Origin": other, "X-API-Key": "k"})
+        assert "Access-Control-Allow-Origin" not in headers
+    async with start() as service:
+        _, _, headers = await service.send(LOOKUPS[0], TRUCK, headers={"Origin": ours})
+        assert not [name for name in headers if name.startswith("Access-Control")]
 
 
 # ======================================================================================================================
