@@ -331,7 +331,7 @@ Vin = Annotated[
             "type": "string",
             "description": "17 ASCII letters and digits; case is folded, blanks and invisible characters around it go",
             # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
-            "allOf": [{"pattern": f"^[{EDGE}]*[0-9A-Za-z]{{17}}[{EDGE}]*$"}],
+            "anyOf": [{"type": "string", "pattern": f"^[{EDGE}]*[0-9A-Za-z]{{17}}[{EDGE}]*$"}],
             "example": "1XPWD40X1ED215307",  # `examples` would not fill the field there
         }
     ),
@@ -3194,12 +3194,18 @@ FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "form
 UPLOAD: Told = {
     503: problem("The file can't be kept", "The file cannot be kept (No space left on device); send it again later.")
 }
-FILES_TAKEN = {
-    TEXT: {"schema": {"type": "string"}, "example": "1XPWD40X1ED215307\n4ENGAAA85R1000007,1994\n"},
-    CSV: {
-        "schema": {"type": "string"},
-        "example": "unit,vin,model year\r\n7,1XPWD40X1ED215307,\r\n8,4ENGAAA85R1000007,1994\r\n",
-    },
+BATCH_TAKEN: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {"example": {"vins": [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]}},
+            TEXT: {"schema": {"type": "string"}, "example": f"{EXAMPLE}\n4ENGAAA85R1000007,1994\n"},
+            CSV: {
+                "schema": {"type": "string"},
+                "example": f"unit,vin,model year\r\n7,{EXAMPLE},\r\n8,4ENGAAA85R1000007,1994\r\n",
+            },
+        },
+        "required": False,  # an empty file is a file
+    }
 }
 FILE_SENT: Told = {
     200: FILE | {"description": "The file"},
@@ -3212,9 +3218,9 @@ FILE_SENT: Told = {
 by_key = Security(API_KEY)  # for the schema only, and there `described` decides: the door has checked it
 
 
-def filled(body: Any, others: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What stands in the body's field in /docs; and what else may be sent, by content type."""
-    return {"requestBody": {"content": {"application/json": {"example": body}, **(others or {})}}}
+def filled(body: Any) -> dict[str, Any]:
+    """What stands in the body's field in /docs."""
+    return {"requestBody": {"content": {"application/json": {"example": body}}}}
 
 
 def queried(*known: str) -> Any:
@@ -3379,7 +3385,7 @@ async def tell_lines(
     response_class=StreamingResponse,
     responses=LINES_SENT | KEY | VIN | LIMIT | BODY | UPLOAD,
     dependencies=[by_key, queried("details")],
-    openapi_extra=filled({"vins": [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]}, FILES_TAKEN),
+    openapi_extra=BATCH_TAKEN,
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
     """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
