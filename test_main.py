@@ -4322,10 +4322,10 @@ async def test_clients_of_one_ipv6_network_are_one(launch: Launch) -> None:
 def test_a_window_forgets_its_clients_when_it_ends() -> None:
     """Many clients cost nothing but their entry, for as long as the window lasts."""
     window, limit = main.FixedWindow(), main.limits.parse("1/second")
-    assert [window.take(limit, f"{n}", 1) for n in range(60_000)] == [0] * 60_000
-    assert 0 < window.take(limit, "7", 1) <= 1
+    assert [window.take(limit, f"{n}", 1, True) for n in range(60_000)] == [0] * 60_000
+    assert 0 < window.take(limit, "7", 1, True) <= 1
     time.sleep(1)
-    assert window.take(limit, "7", 1) == 0
+    assert window.take(limit, "7", 1, True) == 0
     assert len(window._used) == 1
 
 
