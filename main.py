@@ -2718,6 +2718,7 @@ class Exporter:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._process: asyncio.subprocess.Process | None = None
+        self._complaints: asyncio.Task[None] | None = None
         self._building = asyncio.Lock()
         self._builds: set[asyncio.Task[Snapshot]] = set()
         self._queued: dict[Kind, asyncio.Task[Snapshot]] = {}
@@ -2803,8 +2804,10 @@ class Exporter:
                 EXPORT_PROGRAM,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
                 limit=2**19,
             )
+            self._complaints = asyncio.create_task(self._log(cast(asyncio.StreamReader, self._process.stderr)))
         orders = cast(asyncio.StreamWriter, self._process.stdin)
         frames = cast(asyncio.StreamReader, self._process.stdout)
         snapshot = Snapshot()  # now: all that was stored before will be in it
@@ -2834,12 +2837,18 @@ class Exporter:
             size = int.from_bytes(await frames.readexactly(4), "big")
             return await frames.readexactly(size)
 
+    @staticmethod
+    async def _log(complaints: asyncio.StreamReader) -> None:
+        """What the process says when it dies, as one event."""
+        if said := (await complaints.read()).decode(errors="replace").strip():
+            log.warning("exporting process: %s", said)
+
     async def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is not None:
+        if process is not None and self._complaints is not None:
             with suppress(ProcessLookupError, TimeoutError):  # TimeoutError: it hangs in the kernel, on a dead disk
                 process.kill()
-                await asyncio.wait_for(process.wait(), 5)
+                await asyncio.wait_for(asyncio.gather(process.wait(), self._complaints), 5)
 
 
 # ======================================================================================================================

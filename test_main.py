@@ -3886,6 +3886,18 @@ async def test_without_memory_files_exports_are_temporary_ones(
     assert [*tmp_path.glob("vincache-*.parquet")] == []
 
 
+async def test_what_the_exporting_process_dies_of_is_one_line(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its traceback is an event of our log, not loose lines beside it; the next export has a new process."""
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "EXPORT_PROGRAM", "import no_such_library")
+        assert (await service.ask("GET", "/export"))[0] == 503
+    [told] = logged(caplog, "exporting process: ")
+    assert re.fullmatch(r"exporting process: Traceback .*No module named 'no_such_library'", told, re.DOTALL)
+    assert (await service.ask("GET", "/export"))[0] == 200
+
+
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
 async def test_an_export_in_any_form_tells_what_it_is(service: Service, compression: str) -> None:
     """The compression that was asked for; statistics to search by; whose file it is, and of when."""
