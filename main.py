@@ -60,8 +60,8 @@ from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeVar, cast
-from urllib.parse import quote, urlsplit
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -145,6 +145,39 @@ def check_blanks(url: str) -> str:
     return url
 
 
+def check_database(database: str) -> str:
+    """The path, or the URL of a cluster, as given. Raises ValueError if it is such a URL without usable hosts."""
+    if is_cluster(database):
+        parse_cluster(database)
+    return database
+
+
+def is_cluster(database: str) -> bool:
+    return re.match("rqlites?://", database) is not None
+
+
+class ClusterAddress(NamedTuple):
+    """The URLs of its nodes, the nearest first, and a user and a password, empty if there are none."""
+
+    nodes: list[str]
+    user: str
+    password: str
+
+
+def parse_cluster(url: str) -> ClusterAddress:
+    """What stands in rqlite://user:password@host:port,host:port,...; rqlites is by TLS. Raises ValueError."""
+    scheme, _, rest = url.partition("://")
+    credentials, _, hosts = rest.rpartition("@")
+    user, _, password = credentials.partition(":")
+    nodes = []
+    for host in hosts.split(","):
+        parts = urlsplit(f"{'https' if scheme == 'rqlites' else 'http'}://{host}")
+        if not parts.hostname or parts.path or parts.query or parts.fragment or re.search(r"\s", host):
+            raise ValueError("not hosts like rqlite://user:password@db1:4001,db2:4001")
+        nodes.append(parts.geturl() if parts.port else f"{parts.geturl()}:4001")
+    return ClusterAddress(nodes, unquote(user), unquote(password))
+
+
 def check_origins(origins: str) -> str:
     """The origins as given. Raises ValueError unless each is one as a browser sends it, or `*` for all."""
     for origin in origins.split(",") if origins else ():
@@ -189,7 +222,10 @@ class Settings(BaseSettings):
         env_prefix="VINCACHE_", env_file=ENV_FILE, env_file_encoding=ENV_ENCODING, extra="ignore", frozen=True
     )
 
-    database: Path = Path("vincache.db")  # the cache: an SQLite file, made if it is missing
+    database: Annotated[str, AfterValidator(check_database)] = (
+        "vincache.db"  # the cache: an SQLite file, made if it is missing; or rqlite://... for a cluster
+    )
+    nodes: Count = 1  # that share vPIC's rate and nothing to count it in: machines times workers
     ttl: Seconds = 30 * 86400  # a decoded VIN is fresh this long: vPIC's data drift with its releases
     invalid_ttl: Seconds = 86400  # an undecodable one: a manufacturer may register tomorrow
     grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, and asked anew behind it
@@ -222,6 +258,11 @@ class Settings(BaseSettings):
     log: Literal["text", "json"] = "text"  # one line an event either way
     log_vins: bool = True  # false: our log lines have 1XP..........5307 for a VIN
     metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
+
+    @property
+    def upload_folder(self) -> Path | None:
+        """Beside the database: in a container nothing else may be writable. None, of a cluster: the system's."""
+        return None if is_cluster(self.database) else Path(self.database).absolute().parent
 
     @property
     def api_keys(self) -> list[str]:
@@ -738,6 +779,7 @@ log = logging.getLogger("vincache")
 meter = metrics.get_meter("vincache")
 lookups_counter = meter.create_counter("vincache.lookups", description="VINs looked up, by outcome")
 vpic_duration = meter.create_histogram("vincache.vpic.duration", "s", "Duration of calls to vPIC, by outcome")
+store_duration = meter.create_histogram("vincache.store.duration", "s", "Duration of statements, by store and outcome")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
@@ -876,9 +918,9 @@ class MovingWindow:
 class Rates:
     """The counts of this service. Raises StartupError for a storage that could never work."""
 
-    def __init__(self, url: str, vpic_rate: int) -> None:
+    def __init__(self, url: str, vpic_rate: int, nodes: int) -> None:
         self._vpic_limit = RateLimitItemPerMinute(vpic_rate)
-        self._vpic_window = MovingWindow(self._vpic_limit)
+        self._vpic_window = MovingWindow(RateLimitItemPerMinute(max(1, vpic_rate // nodes)))
         self._windows: defaultdict[str, FixedWindow] = defaultdict(FixedWindow)
         self._rest_ends, self._failing = 0.0, False
         self._storage: Storage | None = None
@@ -966,13 +1008,18 @@ class Rates:
 
 
 # ======================================================================================================================
-# Cache: all the SQL there is. `FileStore` carries statements out on one SQLite file: one connection reads, another
-# writes, so that a blocked write holds up no hit. `Cache` has the statements. The cache is disposable, the service is
-# not: whatever happens to the file costs warmth, never an answer.
+# Cache: all the SQL there is. `Cache` has the statements, a store carries them out: `FileStore` on one SQLite file, of
+# which one connection reads and another writes, so that a blocked write holds up no hit; `ClusterStore` on an rqlite
+# cluster. The cache is disposable, the service is not: whatever happens to the store costs warmth, never an answer.
 # ======================================================================================================================
 
 SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
+
+SCHEMA, _, VIEW = Path(__file__).with_name("schema.sql").read_text("utf-8").partition("CREATE TEMP VIEW answers AS")
+# What it has between these is one transaction.
+PRAGMAS, BEGIN, _ = SCHEMA.partition("BEGIN IMMEDIATE;")
+TABLES, COMMIT, _ = SCHEMA.removeprefix(PRAGMAS + BEGIN).partition("COMMIT;")
 
 OWNER = """
 SELECT (SELECT application_id FROM pragma_application_id),
@@ -996,6 +1043,19 @@ MIGRATE = {
     ),
 }
 
+
+def with_answers(statement: str) -> str:
+    """A statement that reads the view `answers`, which is no part of the database: it would be of another version."""
+    return f"WITH answers AS ({VIEW.rstrip().rstrip(';')})\n{statement}"
+
+
+# In front of a migration that several do at once: all but the first find another version, and nothing is done.
+GUARD = """
+CREATE TABLE guard (found, expected, CHECK (found = expected));
+INSERT INTO guard SELECT user_version, ? FROM pragma_user_version;
+DROP TABLE guard;
+"""
+
 # CROSS JOIN makes SQLite go through the questions asked and look each up, never the other way round. What expired no
 # longer ago than the grace is an answer too, but not a fresh one; of a stand-in's word it is none.
 ANSWERS = """
@@ -1016,6 +1076,8 @@ WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 
 # The same as lines of a batch.
 LINES, DETAILED_LINES = ANSWERS.replace("body", "line"), DETAILS.replace("body", "line")
+
+ANSWERS, DETAILS, LINES, DETAILED_LINES = map(with_answers, (ANSWERS, DETAILS, LINES, DETAILED_LINES))
 
 RECORDS = f"""
 SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS)}, attributes
@@ -1070,7 +1132,42 @@ Rows = list[tuple[Any, ...]]
 
 
 class StoreFault(Exception):
-    """A statement was not carried out. The text is the reason, which anybody may read: it names no path."""
+    """A statement was not carried out, for all that is known. The text is the reason, which anybody may read: it names
+    no path and no host."""
+
+
+class Store(Protocol):
+    """What carries statements out, each a transaction."""
+
+    name: str
+
+    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+        """The rows, of all that was written before, by whomever. Raises StoreFault."""
+
+    async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
+        """Carry it out; the rows that it returns. Raises StoreFault."""
+
+    def copy(self) -> AbstractAsyncContextManager[str]:
+        """The URI of a database that may be read by another SQLite library, in another process, with all that was
+        written before. Raises StoreFault."""
+
+    async def doubt(self, cause: str) -> None:
+        """Somebody found the database damaged."""
+
+
+def upgrade(name: str, application: int, version: int, objects: int) -> str:
+    """The statements that make a database of ours of what there is, by what OWNER says of it: nothing, an older one of
+    ours, or one as it should be. Raises StartupError if it is a newer one or not ours."""
+    if application != APPLICATION_ID and (application or version or objects):
+        raise StartupError(f"VINCACHE_DATABASE: {name} is a database, but not one of vincache's")
+    if version > SCHEMA_VERSION:
+        raise StartupError(f"VINCACHE_DATABASE: {name} was made by a newer vincache (schema {version})")
+    if application != APPLICATION_ID or version == SCHEMA_VERSION:
+        return TABLES
+    done = "migrated" if version else "rebuilt"
+    log.warning("cache %s: %s has schema %d, not %d", done, name, version, SCHEMA_VERSION)
+    before, after = MIGRATE[version]
+    return f"{before};{TABLES}{after}"
 
 
 def reason(error: Exception) -> str:
@@ -1163,6 +1260,8 @@ class FileStore:
     One rule holds for whatever happens to the file: what is no longer the file that was opened, or is damaged, is
     retired with all three of its parts, and what is at the path then is opened, be it nothing."""
 
+    name = "file"
+
     def __init__(self, path: Path, busy_timeout: float) -> None:
         self._path = path.absolute()
         self._busy_timeout = busy_timeout
@@ -1208,7 +1307,7 @@ class FileStore:
                         for _ in range(2)
                     ]
                     for connection in (reader, writer):
-                        await connection.executescript(schema())
+                        await connection.executescript(SCHEMA)
                     await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
                     parts = {part: identity(f"{path}{part}") for part in PARTS}
                     return OpenFile(path, parts, reader, writer, connections.pop_all())
@@ -1326,7 +1425,7 @@ class FileStore:
 
     @asynccontextmanager
     async def copy(self) -> AsyncIterator[str]:
-        """The URI of a database that may be read by another SQLite library, in another process. Raises StoreFault."""
+        """The URI of the file itself. Raises StoreFault."""
         try:
             file = await self._current()
         except (sqlite3.Error, OSError, StartupError) as error:
@@ -1342,10 +1441,6 @@ class FileStore:
 START_PATIENCE = 30  # seconds for which a start waits for a file that somebody holds locked
 
 
-def schema() -> str:
-    return Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-
-
 def prepare(path: Path, patience: float) -> None:
     """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
 
@@ -1357,26 +1452,9 @@ def prepare(path: Path, patience: float) -> None:
     sqlite3.connect(path).close()  # makes the file
     # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=patience)) as file:
-        application, version, objects = file.execute(OWNER).fetchone()
-    if application != APPLICATION_ID and (application or version or objects):
-        raise StartupError(f"VINCACHE_DATABASE: {path} is an SQLite file, but not one of vincache's")
-    if version > SCHEMA_VERSION:
-        raise StartupError(f"VINCACHE_DATABASE: {path} was made by a newer vincache (schema {version})")
-    script = schema()
-    if application == APPLICATION_ID and version < SCHEMA_VERSION:
-        log.warning(
-            "cache %s: %s has schema %d, not %d", "migrated" if version else "rebuilt", path, version, SCHEMA_VERSION
-        )
-        before, begin, rest = script.partition(TABLES_BEGIN)
-        tables, end, after = rest.partition(TABLES_END)
-        old, new = MIGRATE[version]
-        script = f"{before}{begin}{old};{tables}{new}{end}{after}"
+        tables = upgrade(str(path), *file.execute(OWNER).fetchone())
     with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as file:
-        file.executescript(script)
-
-
-# What schema.sql has between these is one transaction.
-TABLES_BEGIN, TABLES_END = "BEGIN IMMEDIATE;", "COMMIT;"
+        file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
 
 
 def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
@@ -1391,10 +1469,196 @@ def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
     return True
 
 
+CLUSTER_PATIENCE = 4  # seconds for one statement: an election takes some two
+CLUSTER_ATTEMPT = 0.5  # seconds of them for one node, which hangs, or passes on to one that does
+CLUSTER_HASTE = 0.1  # seconds for one statement, once one has failed, until one succeeds
+BACKUP_PATIENCE = 10  # seconds: a node makes one at a time
+
+
+class NoAnswer(Exception):
+    """A node did not carry a statement out; unless it was never reached, that is not known."""
+
+    def __init__(self, reason: str, reached: bool = True) -> None:
+        super().__init__(reason)
+        self.reached = reached
+
+
+class Refused(StoreFault):
+    """Waiting does not help."""
+
+
+class ClusterStore:
+    """An rqlite cluster, by its HTTP API. Any node will do, each passes on to the leader: the one that answered last is
+    asked again, else the next one. Source: https://rqlite.io/docs/api/."""
+
+    name = "rqlite"
+
+    def __init__(self, session: aiohttp.ClientSession, nodes: Sequence[str]) -> None:
+        self._session = session
+        self._nodes = deque(nodes)
+        self._patience: float = CLUSTER_PATIENCE
+        self._opened = False
+        self._opening = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Open it, or leave that to the first write. Raises StartupError for what waiting does not help."""
+        try:
+            await self._open()
+        except Refused as fault:
+            raise StartupError(f"VINCACHE_DATABASE: {', '.join(self._nodes)}: {fault}") from None
+        except StoreFault as fault:
+            log.warning("cache not opened (%s): %s; the next write tries again", fault, ", ".join(self._nodes))
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if self._opened:
+                return
+            for last in (False, True):
+                [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[OWNER]])
+                tables = upgrade(", ".join(self._nodes), application, version, objects)
+                if version == SCHEMA_VERSION:
+                    break
+                guard = [[statement, version] if "?" in statement else [statement] for statement in statements(GUARD)]
+                try:
+                    await self._ask("execute?transaction", [*guard, *([statement] for statement in statements(tables))])
+                except StoreFault:
+                    if last:
+                        raise
+            self._opened = True
+            log.info("cache opened: %s", ", ".join(self._nodes))
+
+    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+        """The rows, as the leader has them. Raises StoreFault."""
+        given = [parameters] if isinstance(parameters, dict) else parameters
+        [rows], _ = await self._ask("query?level=weak", [[statement, *given]])
+        return rows
+
+    async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
+        """Carry it out, more than once if it is not known whether it was; the rows that it returns.
+
+        Raises StoreFault, also for rows that may have been returned to nobody."""
+        if not self._opened:
+            try:
+                await self._open()
+            except StartupError:
+                raise StoreFault("tables of somebody else, or of a newer vincache") from None
+        [rows], again = await self._ask("execute?", [[statement, *parameters]])
+        if again and not rows and "RETURNING" in statement:
+            raise StoreFault("it may have been carried out before")
+        return rows
+
+    async def _ask(self, path: str, given: list[list[Any]]) -> tuple[list[Rows], bool]:
+        """The rows of each statement, and whether they may have been carried out before. Raises StoreFault."""
+        loop = asyncio.get_running_loop()
+        deadline, again = loop.time() + self._patience, False
+        while True:
+            node = self._nodes[0]
+            seconds = min(CLUSTER_ATTEMPT, deadline - loop.time())
+            try:
+                told = await self._attempt(f"{node}/db/{path}&timeout={max(0.1, seconds):.3f}s", given, seconds)
+                break
+            except NoAnswer as fault:
+                again |= fault.reached
+                if self._nodes[0] == node:  # else somebody has gone on already
+                    self._nodes.rotate(-1)
+                if loop.time() + 0.05 >= deadline:
+                    self._patience = CLUSTER_HASTE
+                    raise StoreFault(str(fault)) from None
+            await asyncio.sleep(0.05)
+        self._patience = CLUSTER_PATIENCE
+        for result in told:
+            if "error" in result:  # SQLite's own
+                if "no such table" in result["error"]:
+                    self._opened = False  # it was emptied or loaded anew
+                raise StoreFault(result["error"])
+        return [result.get("values", []) for result in told], again
+
+    async def _attempt(self, url: str, given: list[list[Any]], seconds: float) -> list[dict[str, Any]]:
+        """What one node says of each statement. Raises NoAnswer, and Refused if it won't have us."""
+        try:
+            # A redirect would be followed by a GET.
+            async with asyncio.timeout(seconds), self._session.post(url, json=given, allow_redirects=False) as response:
+                if response.status == 401:
+                    raise Refused("its user or password is refused")
+                if response.status != 200:
+                    raise NoAnswer(f"no leader (status {response.status})")
+                told = await response.json(content_type=None)
+        except TimeoutError:
+            raise NoAnswer("no answer in time") from None
+        except aiohttp.ClientError as error:
+            raise NoAnswer("not reached", not isinstance(error, aiohttp.ClientConnectorError)) from None
+        except ValueError:
+            raise NoAnswer("an answer that is no JSON") from None
+        if "error" in told:  # the cluster's
+            raise NoAnswer("it cannot agree")
+        return cast(list[dict[str, Any]], told["results"])
+
+    @asynccontextmanager
+    async def copy(self) -> AsyncIterator[str]:
+        """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
+        with tempfile.TemporaryDirectory(prefix="vincache-") as folder:
+            backup = Path(folder, "backup.db")
+            await self._back_up(backup)
+            yield f"{backup.as_uri()}?immutable=1"  # it says that it has a WAL
+
+    async def _back_up(self, path: Path) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + BACKUP_PATIENCE
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CLUSTER_ATTEMPT, sock_read=BACKUP_PATIENCE / 2)
+        while True:
+            node, why = self._nodes[0], "not reached"
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with self._session.get(f"{node}/db/backup", timeout=timeout) as response:
+                    if response.status == 200:
+                        with path.open("wb") as file:
+                            async for chunk in response.content.iter_chunked(2**18):
+                                file.write(chunk)
+                        return
+                    why = f"no backup (status {response.status})"
+            if self._nodes[0] == node:
+                self._nodes.rotate(-1)
+            if loop.time() >= deadline:
+                raise StoreFault(why)
+            await asyncio.sleep(0.1)
+
+    async def doubt(self, cause: str) -> None:
+        """Nothing: it was a copy."""
+
+
+def statements(script: str) -> Iterator[str]:
+    """Its statements, one by one; a trigger is one, semicolons and all."""
+    statement = ""
+    for piece in re.split("(?<=;)", script):
+        statement += piece
+        if sqlite3.complete_statement(statement):
+            if statement.strip() != ";":
+                yield statement.strip()
+            statement = ""
+
+
+@asynccontextmanager
+async def open_store(settings: Settings) -> AsyncIterator[Store]:
+    """The file, or the cluster. Raises StartupError."""
+    if not is_cluster(settings.database):
+        async with FileStore(Path(settings.database), settings.busy_timeout) as store:
+            yield store
+        return
+    nodes, user, password = parse_cluster(settings.database)
+    async with aiohttp.ClientSession(
+        auth=aiohttp.BasicAuth(user, password, "utf-8") if user else None,
+        timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    ) as session:
+        cluster = ClusterStore(session, nodes)
+        await cluster.start()
+        yield cluster
+
+
 class Cache:
     """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
 
-    def __init__(self, store: FileStore, grace: float) -> None:
+    def __init__(self, store: Store, grace: float) -> None:
         self._store = store
         self._grace = grace
         self._faults: dict[str, str] = {}
@@ -1412,9 +1676,21 @@ class Cache:
         if self._faults.pop(kind, None):
             log.info("cache can be %s again", kind)
 
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Around a statement: the telemetry knows of it."""
+        started, outcome = time.perf_counter(), "failed"
+        try:
+            yield
+            outcome = "ok"
+        finally:
+            took = time.perf_counter() - started
+            store_duration.record(took, {"store": self._store.name, "outcome": outcome})
+
     async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         try:
-            rows = await self._store.read(statement, parameters)
+            with self._noting():
+                rows = await self._store.read(statement, parameters)
         except StoreFault as fault:
             self._fault("read", str(fault))
             return []
@@ -1424,7 +1700,8 @@ class Cache:
 
     async def _write(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
         try:
-            rows = await self._store.write(statement, parameters)
+            with self._noting():
+                rows = await self._store.write(statement, parameters)
         except StoreFault as fault:
             self._fault("written", str(fault))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
@@ -2503,7 +2780,7 @@ class Fleet:
 
 
 @asynccontextmanager
-async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> AsyncIterator[Fleet]:
+async def receiving(pieces: AsyncIterator[bytes], folder: Path | None, kind: str) -> AsyncIterator[Fleet]:
     """Receive a file and open it; it has no name, and is gone at the end, whatever happens.
 
     Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, and a 422."""
@@ -2511,7 +2788,6 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
     file: BinaryIO | None = None
     try:
         try:
-            # Beside the database: in a container nothing else may be writable, and memory is too dear.
             file = cast(BinaryIO, await asyncio.to_thread(tempfile.TemporaryFile, dir=folder))
             async for piece in pieces:  # the last one is empty
                 await asyncio.to_thread(file.write, piece)
@@ -2968,8 +3244,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         log.info("settings: %s", settings)
         async with (
             open_metrics(settings.metrics) as scrape,
-            Rates(settings.rate_storage, settings.vpic_rate) as rates,
-            FileStore(settings.database, settings.busy_timeout) as store,
+            Rates(settings.rate_storage, settings.vpic_rate, settings.nodes) as rates,
+            open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
             Exporter(cache) as exporter,
@@ -3057,7 +3333,15 @@ class Front:
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
     "allow_headers": ["X-API-Key", "If-None-Match", "Range"],
-    "expose_headers": ["Age", "Content-Disposition", "Content-Range", "ETag", "Retry-After", "X-Cache"],
+    "expose_headers": [
+        "Age",
+        "Content-Disposition",
+        "Content-Range",
+        "ETag",
+        "Retry-After",
+        "X-Cache",
+        "X-Total-Count",
+    ],
 }
 
 
@@ -3347,7 +3631,7 @@ async def received(request: Request) -> AsyncIterator[Fleet]:
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
-        async with receiving(request.stream(), request.state.settings.database.absolute().parent, kind) as fleet:
+        async with receiving(request.stream(), request.state.settings.upload_folder, kind) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None

@@ -1174,11 +1174,14 @@ def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
         "vincache.lookups  hit": 1,
         "vincache.lookups  undecodable": 1,
         "vincache.vpic.duration s ok": 2,
+        "vincache.store.duration s file ok": healthy["vincache.store.duration s file ok"],
         "vincache.vpic.breaker ": 0,
     }
+    assert healthy["vincache.store.duration s file ok"] > 5
     assert failing == healthy | {
         "vincache.lookups  stale": 1,
         "vincache.lookups  failed": 1,
+        "vincache.store.duration s file ok": failing["vincache.store.duration s file ok"],
         "vincache.vpic.duration s refused": 1,
         "vincache.vpic.breaker ": 1,
     }
@@ -1186,6 +1189,7 @@ def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
         "vincache.lookups  offline": 1,
         "vincache.lookups  hit": 3,
         "vincache.lookups  vpic": 2,
+        "vincache.store.duration s file ok": offline["vincache.store.duration s file ok"],
         "vincache.vpic.duration s ok": 3,
         "vincache.vpic.duration s timeout": 1,
         "vincache.vpic.breaker ": 0,
@@ -1218,7 +1222,12 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
     spans = [span for resource in traces.resource_spans for scope in resource.scope_spans for span in scope.spans]
     paths = [value.value.string_value for span in spans for value in span.attributes if value.key == "url.path"]
     assert paths.count(f"/lookup/{TRUCK}") == 3
-    for name in (b"vincache.lookups", b"vincache.vpic.duration", b"vincache.vpic.breaker", b"http.server.request.dur"):
+    for name in (
+        b"vincache.lookups",
+        b"vincache.store.duration",
+        b"vincache.vpic.duration",
+        b"http.server.request.dur",
+    ):
         assert name in received["/v1/metrics"]
 
 
@@ -1839,6 +1848,351 @@ async def test_a_file_that_cannot_be_the_cache_stops_the_start_untouched(
     assert f" {database} " in sentence
     assert reason in sentence
     assert (database.read_bytes() if database.is_file() else b"") == before
+
+
+# -- A cluster ---------------------------------------------------------------------------------------------------------
+
+# An election in some tenths of a second.
+HASTY = "-join-interval 100ms -join-attempts 100 -raft-timeout 200ms -raft-election-timeout 200ms"
+HASTY += " -raft-leader-lease-timeout 200ms"
+
+
+class Cluster:
+    """rqlite on loopback: real nodes, which may be killed, stopped and started again."""
+
+    def __init__(self, folder: Path, count: int, options: Sequence[str]) -> None:
+        program = shutil.which("rqlited")
+        if program is None:
+            pytest.skip("needs rqlited")
+        self.ports = [free_port() for _ in range(count)]
+        rafts = [free_port() for _ in range(count)]
+        self.commands = []
+        for index, (port, raft) in enumerate(zip(self.ports, rafts, strict=True)):
+            command = [program, "-node-id", str(index), "-http-addr", f"127.0.0.1:{port}", *HASTY.split(), *options]
+            command += ["-raft-addr", f"127.0.0.1:{raft}"]
+            if count > 1:
+                command += ["-bootstrap-expect", str(count), "-join", ",".join(f"127.0.0.1:{raft}" for raft in rafts)]
+            self.commands.append([*command, str(folder / f"node{index}")])
+        self.folder, self.processes = folder, dict[int, subprocess.Popen[bytes]]()
+
+    @property
+    def url(self) -> str:
+        """The setting, for who is nearest to the first node."""
+        return "rqlite://" + ",".join(f"127.0.0.1:{port}" for port in self.ports)
+
+    def start(self) -> None:
+        for index, command in enumerate(self.commands):
+            with (self.folder / f"node{index}.log").open("ab") as out:
+                self.processes[index] = subprocess.Popen(command, stdout=out, stderr=out)
+
+    async def ready(self) -> "Cluster":
+        """Wait until each node knows a leader."""
+        for port in self.ports:
+            async with asyncio.timeout(20):
+                while not await self._is_ready(port):  # noqa: ASYNC110 - of another process
+                    await asyncio.sleep(0.05)
+        return self
+
+    @staticmethod
+    async def _is_ready(port: int) -> bool:
+        with suppress(aiohttp.ClientError):
+            async with aiohttp.ClientSession() as client, client.get(f"http://127.0.0.1:{port}/readyz") as response:
+                return response.status in (200, 401)  # 401: it does not know us, but it is there
+        return False
+
+    async def leader(self) -> int:
+        """Which node it is, as the first one says."""
+        _, nodes = await ask(f"http://127.0.0.1:{self.ports[0]}/nodes")
+        return next(int(name) for name, node in nodes.items() if node["leader"])
+
+    async def sql(self, *given: Any) -> list[list[Any]]:
+        """The rows that a statement gives, on the leader."""
+        url = f"http://127.0.0.1:{self.ports[0]}/db/request?level=strong"
+        [told] = (await ask(url, "POST", json=[given]))[1]["results"]
+        assert "error" not in told, told
+        return told.get("values", [])
+
+    def kill(self, index: int) -> None:
+        self.processes[index].kill()
+        self.processes[index].wait()
+
+    def end(self) -> None:
+        for index in self.processes:
+            self.kill(index)
+
+
+Gather = Callable[..., Cluster]
+
+
+@pytest.fixture
+def gather(tmp_path: Path) -> Iterator[Gather]:
+    """`gather(count, *options)`: a cluster, started; it ends with the test."""
+    clusters: list[Cluster] = []
+
+    def gather(count: int = 3, *options: str) -> Cluster:
+        folder = tmp_path / f"cluster{len(clusters)}"
+        folder.mkdir()
+        clusters.append(Cluster(folder, count, options))
+        clusters[-1].start()
+        return clusters[-1]
+
+    yield gather
+    for cluster in clusters:
+        cluster.end()
+
+
+@pytest.mark.parametrize("kind", ["file", "rqlite"])
+async def test_both_stores_keep_one_contract(
+    start: Start, vpic: PlayedVpic, tmp_path: Path, gather: Gather, kind: str
+) -> None:
+    """What is stored, found, shown whole, expired, extended, removed, exported and swept is the same."""
+    database = str(tmp_path / "cache.db")
+    if kind == "rqlite":
+        cluster = await gather().ready()
+        database = cluster.url
+
+    async def change(statement: str) -> list[Any]:
+        return await cluster.sql(statement) if kind == "rqlite" else [*map(list, sql(Path(database), statement))]
+
+    years = f"/lookup/{FIRE_ENGINE}?model_year=1994"
+    async with start(database=database, offline=False) as service:
+        assert caching(await service.send(LOOKUPS[0], TRUCK))[:2] == (200, "MISS")
+        assert caching(await service.send(LOOKUPS[0], UNKNOWN))[:2] == (404, "MISS")
+        assert caching(await service.ask("GET", years))[:2] == (200, "MISS")
+    async with start(database=database, offline=False, keep_expired=9 * 86400) as service:
+        assert caching(await service.send(LOOKUPS[0], TRUCK))[:2] == (200, "HIT")
+        assert caching(await service.send(LOOKUPS[0], UNKNOWN))[:2] == (404, "HIT")
+        assert caching(await service.ask("GET", years))[:2] == (200, "HIT")
+        details = (await service.get(f"/lookup/{TRUCK}?details=true"))[1]
+        assert (details["cached_result"], details["attributes"]["VehicleType"]) == (True, "TRUCK")
+        assert [line["cached_result"] for line in await service.batch([TRUCK, UNKNOWN, *trucks(120)])][:3] == [
+            True,
+            True,
+            False,
+        ]
+        assert all(await service.were_cached(trucks(120)))
+        assert await service.get("/readyz") == (200, {"status": "ok", "cache": "ok", "vpic": "ok"})
+        assert (await service.lookup(FIRE_ENGINE))[1]["model_year"] == "2024"
+        asked = len(vpic.calls)
+
+        vpic.fault = refuses(403)
+        await change("UPDATE vehicles SET expires_at = unixepoch() - 8 * 86400")
+        assert caching(await service.send(LOOKUPS[0], TRUCK))[:2] == (200, "STALE")
+        assert caching(await service.send(LOOKUPS[0], TRUCK))[:2] == (200, "HIT")  # it was extended
+        assert len(vpic.calls) == asked + 1
+        vpic.fault = answers
+
+        exported = pd.read_parquet(io.BytesIO((await service.get("/export?details=true"))[1]))
+        assert [*exported["vin"]] == [
+            row[0] for row in await change("SELECT vin FROM vehicles ORDER BY vin, model_year_asked")
+        ]
+        assert json.loads(exported.set_index("vin")["attributes"][TRUCK]) == details["attributes"]
+
+        assert await service.delete(f"/remove/{FIRE_ENGINE}") == (
+            200,
+            {"vin": FIRE_ENGINE, "cache_delete_success": True},
+        )
+        assert await service.delete(f"/remove/{FIRE_ENGINE}") == (
+            200,
+            {"vin": FIRE_ENGINE, "cache_delete_success": False},
+        )
+        assert caching(await service.ask("GET", years))[:2] == (200, "MISS")
+        go = vpic.holds()
+        [flight] = service.asking(new := trucks(1, 0))
+        await until(lambda: vpic.calls[-1] == new)
+        assert (await service.delete(f"/remove/{new[0]}"))[1]["cache_delete_success"] is False
+        go.set()
+        assert (await flight)[0] == 200
+        assert (
+            await change(f"SELECT vin FROM vehicles WHERE vin = '{new[0]}'") == []
+        )  # what was removed is not put back
+        await change("UPDATE vehicles SET expires_at = unixepoch() - 10 * 86400 WHERE vin <> '1XPWD40X1ED215307'")
+    async with start(database=database, keep_expired=9 * 86400):
+        async with asyncio.timeout(10):
+            while len(await change("SELECT vin FROM vehicles")) > 1:  # noqa: ASYNC110 - of the store
+                await asyncio.sleep(0.05)
+
+
+async def test_nodes_share_what_they_store_and_remove(start: Start, vpic: PlayedVpic, gather: Gather) -> None:
+    """Stored at one and found at the other, removed at one and gone at the other, each nearest to another node."""
+    cluster = await gather().ready()
+    ports = cluster.ports
+    other = "rqlite://" + ",".join(f"127.0.0.1:{port}" for port in reversed(ports))
+    async with start(database=cluster.url) as one, start(database=other) as two:
+        for index, vin in enumerate(trucks(50)):
+            here, there = (one, two) if index % 2 else (two, one)
+            assert caching(await here.send(LOOKUPS[0], vin))[1] == "MISS"
+            assert caching(await there.send(LOOKUPS[0], vin))[1] == "HIT"
+            assert (await there.delete(f"/remove/{vin}"))[1]["cache_delete_success"] is True
+            assert caching(await here.send(LOOKUPS[0], vin))[1] == "MISS"
+        go = vpic.holds()
+        [flight] = one.asking([TRUCK])
+        await until(lambda: vpic.calls[-1] == [TRUCK])
+        assert (await two.delete(f"/remove/{TRUCK}"))[1]["cache_delete_success"] is False
+        go.set()
+        assert (await flight)[0] == 200
+        assert caching(await two.send(LOOKUPS[0], TRUCK))[1] == "MISS"  # the flight that began before stored nothing
+        for service in (one, two):
+            exported = pd.read_parquet(io.BytesIO((await service.get("/export"))[1]))
+            assert [[len(exported)]] == await cluster.sql("SELECT count(*) FROM vehicles")
+            _, body, _ = await upload(service, SHEET.encode())
+            assert [row["decoded_vin"] for row in sheet(body.decode())] == [TRUCK, FIRE_ENGINE]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_leader_that_is_lost_costs_no_answer(
+    start: Start, vpic: PlayedVpic, gather: Gather, how: signal.Signals
+) -> None:
+    """Under load, killed or hung: no lookup fails, and what was told before it is still known after it."""
+    cluster = await gather().ready()
+    told: list[str] = []
+    async with start(database=cluster.url) as service:
+
+        async def look_up(vins: Iterator[str]) -> None:
+            for vin in vins:
+                status, _, headers = await service.send(LOOKUPS[0], vin)
+                assert (status, headers["X-Cache"]) == (200, "MISS")
+                told.append(vin)
+
+        vins = iter(trucks(100_000, 0))
+        load = [asyncio.create_task(look_up(vins)) for _ in range(4)]
+        try:
+            await until(lambda: len(told) > 100)
+            before = [*told]
+            leader = await cluster.leader()
+            cluster.processes[leader].send_signal(how)
+            await asyncio.sleep(0.5)
+            async with asyncio.timeout(20):
+                while (await service.get("/readyz"))[0] != 200:  # noqa: ASYNC110 - of other processes
+                    await asyncio.sleep(0.1)
+            after = len(told)
+            await until(lambda: len(told) > after + 50)
+        finally:
+            for task in load:
+                task.cancel()
+            results = await asyncio.gather(*load, return_exceptions=True)
+        assert [result for result in results if not isinstance(result, asyncio.CancelledError)] == []
+        assert all(await service.were_cached(before[:1000]))
+        assert all(await service.were_cached(told[-10:]))
+
+
+async def test_a_lost_cluster_costs_warmth_alone(
+    start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lookups go on uncached, what needs the cache is 503 and says so, and it heals by itself."""
+    cluster = await gather().ready()
+    async with start(database=cluster.url) as service:
+        await service.lookup(TRUCK)
+        for index in range(3):
+            cluster.kill(index)
+        for vin in (TRUCK, TRUCK, *trucks(3)):
+            assert caching(await service.send(LOOKUPS[0], vin))[:2] == (200, "MISS")
+        assert (await service.delete(f"/remove/{TRUCK}"))[0] == 503
+        assert (await service.get("/readyz"))[1][
+            "cache"
+        ] == "cannot be read: not reached; cannot be written: not reached"
+        assert len(logged(caplog, "cache cannot be")) == 2
+        cluster.start()
+        await cluster.ready()
+        await service.ready()
+        assert caching(await service.send(LOOKUPS[0], TRUCK))[:2] == (200, "HIT")
+
+
+async def test_an_export_of_a_lost_cluster_is_503(
+    start: Start, gather: Gather, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And nothing is left of it."""
+    monkeypatch.setattr(main, "BACKUP_PATIENCE", 0.5)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    cluster = await gather(1).ready()
+    async with start(database=cluster.url) as service:
+        assert (await service.get("/export"))[0] == 200
+        cluster.kill(0)
+        assert (await service.get("/export"))[0] == 503
+    assert [*(tmp_path / "tmp").iterdir()] == []
+
+
+async def test_a_cluster_that_is_down_at_the_start_is_opened_later(
+    start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It serves, unready; the first write that comes through opens it."""
+    cluster = await gather().ready()
+    for index in range(3):
+        cluster.kill(index)
+    async with start(database=cluster.url) as service:
+        assert (await service.lookup(TRUCK))[0] == 200
+        assert (await service.get("/readyz"))[0] == 503
+        assert len(logged(caplog, "cache not opened")) == 1
+        cluster.start()
+        await cluster.ready()
+        await service.ready()
+        assert [caching(await service.send(LOOKUPS[0], TRUCK))[1] for _ in range(2)] == ["MISS", "HIT"]
+
+
+async def test_what_waiting_does_not_mend_stops_the_start(launch: Launch, gather: Gather, tmp_path: Path) -> None:
+    """A password that is refused, tables that are not ours, and those of a newer vincache, in a sentence."""
+    (tmp_path / "auth.json").write_text(
+        '[{"username": "us", "password": "p@ss", "perms": ["query", "execute", "backup"]}]'
+    )
+    locked_one, other, newer = gather(1, "-auth", str(tmp_path / "auth.json")), gather(1), gather(1)
+    for cluster in (locked_one, other, newer):
+        await cluster.ready()
+    await other.sql("CREATE TABLE stranger (x)")
+    for statement in (f"PRAGMA application_id = {main.APPLICATION_ID}", "PRAGMA user_version = 99"):
+        await newer.sql(statement)
+    for cluster, told in (
+        (locked_one, "its user or password is refused"),
+        (other, "is a database, but not one of vincache's"),
+        (newer, "was made by a newer vincache (schema 99)"),
+    ):
+        log = await launch(database=cluster.url).refused()
+        assert f"VINCACHE_DATABASE: http://127.0.0.1:{cluster.ports[0]}" in log
+        assert told in log
+    process = await launch(database=locked_one.url.replace("://", "://us:p%40ss@")).started()
+    assert (await ask(f"{process.url}/readyz"))[0] == 200
+    assert (await ask(f"{process.url}/healthz"))[0] == 200
+    assert "p%40ss" not in process.log.read_text()
+
+
+async def test_an_older_cluster_is_migrated_once(start: Start, gather: Gather) -> None:
+    """By one of the nodes that start at the same time; its rows are kept."""
+    cluster = await gather().ready()
+    for statement in main.statements(SCHEMA_1.partition("WAL;")[2]):
+        await cluster.sql(statement)
+    async with start(database=cluster.url) as one, start(database=cluster.url) as two:
+        for service in (one, two):
+            assert caching(await service.send(LOOKUPS[0], *trucks(1, 7)))[1] == "HIT"
+    assert await cluster.sql(main.OWNER) == [[main.APPLICATION_ID, main.SCHEMA_VERSION, 7]]
+
+
+async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Start, gather: Gather) -> None:
+    """Its answer was lost, and the second time there was no row: 503; nothing else is told twice."""
+    cluster = await gather(1).ready()
+    torn: list[str] = []
+
+    async def forward(request: web.Request) -> web.Response:
+        given = await request.read()
+        url = f"http://127.0.0.1:{cluster.ports[0]}{request.rel_url}"
+        async with aiohttp.ClientSession() as client, client.post(url, data=given) as response:
+            body = await response.read()
+        if b"DELETE FROM vehicles WHERE vin = ?" in given and not torn:
+            torn.append(given.decode())
+            assert request.transport is not None
+            request.transport.abort()
+        return web.Response(body=body, content_type="application/json")
+
+    async with hosting(web.post("/db/{path}", forward)) as url, start(database=f"rqlite{url[4:]}") as service:
+        await service.lookup(TRUCK)
+        assert (await service.delete(f"/remove/{TRUCK}"))[0] == 503
+        assert len(torn) == 1
+        assert (await service.delete(f"/remove/{TRUCK}"))[1] == {"vin": TRUCK, "cache_delete_success": False}
+
+
+def test_nodes_divide_vpics_rate() -> None:
+    """Each keeps to its part, where nothing counts for all of them."""
+    rates = main.Rates("async+memory://", 10, 4)
+    assert [asyncio.run(rates.vpic()) == 0 for _ in range(3)] == [True, True, False]
 
 
 # ======================================================================================================================
