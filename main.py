@@ -20,6 +20,7 @@ Glossary:
   ticket      a question that waits for vPIC or is being asked, shared by all who ask it at that moment
   place       one of the few calls to vPIC that may be under way at once
   stale       a row past its `expires_at`, served in its grace, or because vPIC can't be used
+  store       what carries SQL out: one SQLite file, or an rqlite cluster that many nodes of the service share
 """
 
 import asyncio
@@ -1747,7 +1748,7 @@ class Cache:
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
         """Insert or replace the rows, each unless there was another removal than the one given; if that fails, they
-        are not cached. Returns within `busy_timeout`."""
+        are not cached. Returns within the store's patience: `busy_timeout` or CLUSTER_PATIENCE."""
         rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
             await self._write(STORE, (rows,))
