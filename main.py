@@ -1505,10 +1505,9 @@ class ClusterStore:
         """Open it, or leave that to the first write. Raises StartupError for what waiting does not help."""
         try:
             await self._open()
-        except Refused as fault:
-            raise StartupError(f"VINCACHE_DATABASE: {', '.join(self._nodes)}: {fault}") from None
         except StoreFault as fault:
-            log.warning("cache not opened (%s): %s; the next write tries again", fault, ", ".join(self._nodes))
+            if isinstance(fault, Refused):  # else the first statement tells of it
+                raise StartupError(f"VINCACHE_DATABASE: {', '.join(self._nodes)}: {fault}") from None
 
     async def _open(self) -> None:
         async with self._opening:
@@ -1609,7 +1608,7 @@ class ClusterStore:
         while True:
             node, why = self._nodes[0], "not reached"
             with suppress(aiohttp.ClientError, TimeoutError):
-                async with self._session.get(f"{node}/db/backup", timeout=timeout) as response:
+                async with self._session.get(f"{node}/db/backup", timeout=timeout, allow_redirects=False) as response:
                     if response.status == 200:
                         with path.open("wb") as file:
                             async for chunk in response.content.iter_chunked(2**18):

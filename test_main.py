@@ -2123,7 +2123,7 @@ async def test_a_cluster_that_is_down_at_the_start_is_opened_later(
     async with start(database=cluster.url) as service:
         assert (await service.lookup(TRUCK))[0] == 200
         assert (await service.get("/readyz"))[0] == 503
-        assert len(logged(caplog, "cache not opened")) == 1
+        assert len(logged(caplog, "cache cannot be")) == 2  # read, and written
         cluster.start()
         await cluster.ready()
         await service.ready()
@@ -4238,6 +4238,19 @@ async def test_without_memory_files_exports_are_temporary_ones(
         assert (await service.ask("HEAD", "/export"))[0] == 200
         assert len([*tmp_path.glob("vincache-*.parquet")]) == 1
     assert [*tmp_path.glob("vincache-*.parquet")] == []
+
+
+async def test_what_was_started_is_what_exports(launch: Launch, vpic: PlayedVpic, tmp_path: Path) -> None:
+    """Also when main.py is replaced before the first export."""
+    for name in ("main.py", "schema.sql"):
+        shutil.copy(HERE / name, tmp_path)
+    process = launch("--app-dir", str(tmp_path))
+    async with process.serving(vpic) as service:
+        (tmp_path / "main.py").write_text("raise SystemExit\n" * 3000)
+        (tmp_path / "schema.sql").write_text("")
+        await service.lookup(TRUCK)
+        assert [*(await read_export(service))["vin"]] == [TRUCK]
+        assert (await service.lookup(TRUCK))[1]["cached_result"] is True
 
 
 async def test_what_the_exporting_process_dies_of_is_one_line(
