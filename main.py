@@ -647,7 +647,7 @@ class Record(NamedTuple):
         told["attributes"] = json.loads(self.attributes or "{}")
         model: type[Vehicle | Undecodable] = Vehicle if self.decoded else Undecodable
         body = model.model_validate(told).model_dump_json(exclude=None if details else {"attributes"})
-        fresh_until = self.expires_at if self.source == "vpic" else 0
+        fresh_until = self.expires_at if self.source == "vpic" and outcome != "stale" else 0
         return Answer(200 if self.decoded else 404, body, outcome, self.fetched_at, fresh_until)
 
     def line(self, outcome: str, details: bool) -> str:
@@ -2994,7 +2994,6 @@ class Exporter:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._process: asyncio.subprocess.Process | None = None
-        self._complaints: asyncio.Task[None] | None = None
         self._building = asyncio.Lock()
         self._builds: set[asyncio.Task[Snapshot]] = set()
         self._queued: dict[Kind, asyncio.Task[Snapshot]] = {}
@@ -3083,7 +3082,6 @@ class Exporter:
                 stderr=asyncio.subprocess.PIPE,
                 limit=2**19,
             )
-            self._complaints = asyncio.create_task(self._log(cast(asyncio.StreamReader, self._process.stderr)))
         orders = cast(asyncio.StreamWriter, self._process.stdin)
         frames = cast(asyncio.StreamReader, self._process.stdout)
         snapshot = Snapshot()  # now: all that was stored before will be in it
@@ -3113,18 +3111,17 @@ class Exporter:
             size = int.from_bytes(await frames.readexactly(4), "big")
             return await frames.readexactly(size)
 
-    @staticmethod
-    async def _log(complaints: asyncio.StreamReader) -> None:
-        """What the process says when it dies, as one event."""
-        if said := (await complaints.read()).decode(errors="replace").strip():
-            log.warning("exporting process: %s", said)
-
     async def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is not None and self._complaints is not None:
-            with suppress(ProcessLookupError, TimeoutError):  # TimeoutError: it hangs in the kernel, on a dead disk
-                process.kill()
-                await asyncio.wait_for(asyncio.gather(process.wait(), self._complaints), 5)
+        if process is not None:
+            with suppress(TimeoutError):  # it hangs in the kernel, on a dead disk
+                async with asyncio.timeout(5):
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
+                    # The traceback that it died with, as one line of ours.
+                    if said := await cast(asyncio.StreamReader, process.stderr).read():
+                        log.warning("exporting process: %s", said.decode(errors="replace").rstrip())
 
 
 # ======================================================================================================================
@@ -3562,7 +3559,11 @@ class SnapshotResponse(FileResponse):
         self._snapshot: Snapshot | None = snapshot
         super().__init__(
             snapshot.path,
-            headers={"ETag": snapshot.etag, "Last-Modified": formatdate(snapshot.taken, usegmt=True)},
+            headers={
+                "ETag": snapshot.etag,
+                "Last-Modified": formatdate(snapshot.taken, usegmt=True),
+                "Cache-Control": "private, no-cache",  # a plain GET is promised a new one
+            },
             media_type=PARQUET,
             filename=f"vincache-{datetime.fromtimestamp(snapshot.taken, UTC):%Y%m%dT%H%M%SZ}.parquet",
             stat_result=os.fstat(snapshot.file),
