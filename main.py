@@ -3794,6 +3794,8 @@ def described(doors: Doors, settings: Settings) -> dict[str, Any]:
         tag = TAGS.get(path.split("/")[1])
         for operation in operations.values():
             responses = operation["responses"]
+            for parameter in operation.get("parameters", ()):  # /docs shows a description only here
+                parameter.setdefault("description", parameter["schema"].get("description", ""))
             if tag not in doors.locked:
                 operation.pop("security", None)
                 responses.pop("401", None)
@@ -3824,7 +3826,12 @@ async def docs() -> HTMLResponse:
         swagger_js_url="docs/swagger-ui-bundle.js",
         swagger_css_url="docs/swagger-ui.css",
         swagger_favicon_url="docs/favicon-32x32.png",
-        swagger_ui_parameters={"defaultModelsExpandDepth": 0, "tryItOutEnabled": True, "persistAuthorization": True},
+        swagger_ui_parameters={
+            "defaultModelsExpandDepth": 0,
+            "persistAuthorization": True,
+            "showCommonExtensions": False,  # the VIN's pattern, as long as a line
+            "tryItOutEnabled": True,
+        },
     )
 
 
