@@ -254,7 +254,7 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: open to all
     private: bool = False  # the lookups want the key too
-    max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # caches before us may answer so long without asking us again
+    max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # seconds that caches before us may answer without asking us
     cors_origins: Annotated[str, AfterValidator(check_origins)] = ""  # whose pages may read us in a browser
     log: Literal["text", "json"] = "text"  # one line an event either way
     log_vins: bool = True  # false: our log lines have 1XP..........5307 for a VIN
@@ -3372,23 +3372,21 @@ def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes
     """An answer in HTTP: its status, headers and body; or a 304 if the client says that it has it already.
 
     A cache before us has to ask whether an answer still stands, unless the settings let it answer by itself for a
-    while: counted from now on, for `Age` begins with vPIC's word. What may change at any time nobody keeps."""
+    while, which it counts from now on. What may change at any time nobody keeps."""
     status, text, outcome, fetched_at, fresh_until = answer
     body, now = text.encode(), int(time.time())
-    age = max(0, now - fetched_at)
+    settings: Settings = scope["state"]["settings"]
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         (b"x-cache", X_CACHE[outcome]),
-        (b"age", b"%d" % age),
     ]
+    if not settings.max_age:  # else caches would count from there; but not nginx: no max-age could be right for both
+        headers.append((b"age", b"%d" % max(0, now - fetched_at)))
     if fresh_until <= now:
         headers.append((b"cache-control", b"no-store"))
         return status, headers, body
-    settings: Settings = scope["state"]["settings"]
-    control = b"no-cache"
-    if settings.max_age:
-        control = b"max-age=%d" % (age + min(settings.max_age, fresh_until - now))
+    control = b"max-age=%d" % min(settings.max_age, fresh_until - now) if settings.max_age else b"no-cache"
     if settings.private:  # nobody else's cache may have it, nor the browser's of who comes without the key
         control = b"private, " + control
         headers.append((b"vary", b"X-API-Key"))
