@@ -5412,6 +5412,8 @@ async def test_docs_in_a_browser_without_internet(start: Start, tmp_path: Path) 
 
         block = await page.unfold("get", "/lookup")
         await page.until(f"{block}.querySelector('input[type=text]')?.value === '{TRUCK}'")
+        told = await page.run(f"{block}.querySelector('.parameters').innerText")
+        assert ("17 ASCII letters and digits" in told, "pattern" in told) == (True, False)
         await page.execute(block, '"make": "PETERBILT"')
         await page.run(f"type({block}.querySelector('input[type=text]'), 'short')")
         await page.execute(block, '"msg": "5 characters, not 17"')
