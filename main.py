@@ -60,8 +60,8 @@ from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeVar, cast
-from urllib.parse import quote, urlsplit
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -88,6 +88,7 @@ from pydantic import (
     Discriminator,
     FailFast,
     Field,
+    PlainValidator,
     SecretStr,
     StrictBool,
     StrictFloat,
@@ -162,6 +163,45 @@ def check_limit(limit: str) -> str:
     return limit
 
 
+CLUSTER_NODE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
+
+
+class ClusterAddress(NamedTuple):
+    """Of an rqlite cluster: the URLs of its nodes, in the order given, and a user and a password, empty if there are
+    none."""
+
+    nodes: list[str]
+    user: str
+    password: str
+
+
+def find_cluster(database: str) -> ClusterAddress | None:
+    """What stands in `rqlite://user:password@host:port,host:port`, with `rqlites` for TLS; None if it is a path.
+
+    Raises ValueError if it is neither."""
+    scheme, is_url, rest = database.partition("://")
+    if not is_url:
+        return None
+    credentials, _, hosts = rest.rpartition("@")
+    user, password = map(unquote, credentials.partition(":")[::2])
+    nodes = [CLUSTER_NODE.fullmatch(host) for host in hosts.split(",")]
+    if (
+        scheme not in ("rqlite", "rqlites")
+        or not all(node and 0 < int(node[1] or 4001) < 2**16 for node in nodes)
+        or re.search(r"\s", credentials)
+        or ":" in user
+    ):
+        raise ValueError("neither a path nor like rqlite://user:password@db1:4001,db2:4001")
+    http = "https" if scheme == "rqlites" else "http"
+    return ClusterAddress([f"{http}://{node[0]}{'' if node[1] else ':4001'}" for node in nodes if node], user, password)
+
+
+def check_database(database: str) -> str:
+    """The path, or the URL of a cluster, as given. Raises ValueError."""
+    find_cluster(database)
+    return database
+
+
 def plain_number(seconds: float) -> float:
     """For the log: 30, not 30.0."""
     return int(seconds) if seconds.is_integer() else seconds
@@ -189,7 +229,9 @@ class Settings(BaseSettings):
         env_prefix="VINCACHE_", env_file=ENV_FILE, env_file_encoding=ENV_ENCODING, extra="ignore", frozen=True
     )
 
-    database: Path = Path("vincache.db")  # the cache: an SQLite file, made if it is missing
+    database: Annotated[str, PlainValidator(check_database)] = (  # plain: a path need not be text
+        "vincache.db"  # the cache: an SQLite file, made if it is missing; or `rqlite://...`, a cluster
+    )
     ttl: Seconds = 30 * 86400  # a decoded VIN is fresh this long: vPIC's data drift with its releases
     invalid_ttl: Seconds = 86400  # an undecodable one: a manufacturer may register tomorrow
     grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, and asked anew behind it
@@ -202,6 +244,7 @@ class Settings(BaseSettings):
     vpic_batch_timeout: Seconds = 30  # the deadline of one call for 50 VINs, of which vPIC decodes some 20 a second
     vpic_concurrency: Count = 8  # calls under way at once
     vpic_rate: Count = 1000  # calls in any minute: NHTSA asks for no more
+    nodes: Count = 1  # services, each of their workers counted, that share this rate and no storage to count it in
     breaker_failures: Count = 5  # failed calls in a row, for different VINs, after which vPIC is left alone
     breaker_seconds: Seconds = 30  # for this long; then one call probes it
     stale_ttl: Seconds = 60  # an expired row that had to serve is not asked anew for this long
@@ -222,6 +265,12 @@ class Settings(BaseSettings):
     log: Literal["text", "json"] = "text"  # one line an event either way
     log_vins: bool = True  # false: our log lines have 1XP..........5307 for a VIN
     metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
+
+    @property
+    def folder(self) -> Path:
+        """For what is too large for memory: beside the database, in a container nothing else may be writable."""
+        is_file = find_cluster(self.database) is None
+        return Path(self.database).absolute().parent if is_file else Path(tempfile.gettempdir())
 
     @property
     def api_keys(self) -> list[str]:
@@ -738,6 +787,7 @@ log = logging.getLogger("vincache")
 meter = metrics.get_meter("vincache")
 lookups_counter = meter.create_counter("vincache.lookups", description="VINs looked up, by outcome")
 vpic_duration = meter.create_histogram("vincache.vpic.duration", "s", "Duration of calls to vPIC, by outcome")
+store_duration = meter.create_histogram("vincache.store.duration", "s", "Duration of statements, by store and outcome")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
@@ -874,11 +924,11 @@ class MovingWindow:
 
 
 class Rates:
-    """The counts of this service. Raises StartupError for a storage that could never work."""
+    """The counts of this service, one of so many nodes. Raises StartupError for a storage that could never work."""
 
-    def __init__(self, url: str, vpic_rate: int) -> None:
+    def __init__(self, url: str, vpic_rate: int, nodes: int) -> None:
         self._vpic_limit = RateLimitItemPerMinute(vpic_rate)
-        self._vpic_window = MovingWindow(self._vpic_limit)
+        self._vpic_window = MovingWindow(RateLimitItemPerMinute(max(1, vpic_rate // nodes)))
         self._windows: defaultdict[str, FixedWindow] = defaultdict(FixedWindow)
         self._rest_ends, self._failing = 0.0, False
         self._storage: Storage | None = None
@@ -966,13 +1016,18 @@ class Rates:
 
 
 # ======================================================================================================================
-# Cache: all the SQL there is. `FileStore` carries statements out on one SQLite file: one connection reads, another
-# writes, so that a blocked write holds up no hit. `Cache` has the statements. The cache is disposable, the service is
-# not: whatever happens to the file costs warmth, never an answer.
+# Cache: all the SQL there is. `Cache` has the statements, a store carries them out: `FileStore` on one SQLite file, of
+# which one connection reads and another writes, so that a blocked write holds up no hit; `ClusterStore` on an rqlite
+# cluster. The cache is disposable, the service is not: whatever happens to the store costs warmth, never an answer.
 # ======================================================================================================================
 
 SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
+
+SCHEMA, _, VIEW = Path(__file__).with_name("schema.sql").read_text("utf-8").partition("CREATE TEMP VIEW answers AS")
+# What stands between these is one transaction.
+PRAGMAS, BEGIN, TABLES = SCHEMA.partition("BEGIN IMMEDIATE;")
+TABLES, COMMIT, _ = TABLES.partition("COMMIT;")
 
 OWNER = """
 SELECT (SELECT application_id FROM pragma_application_id),
@@ -980,8 +1035,8 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-# By the schema that a file has, what goes before and behind the tables of schema.sql, in their transaction: a process
-# killed in the midst of it leaves the file as it was.
+# By the schema that a database has, what goes before and behind the tables of schema.sql, in their transaction: a
+# process killed in the midst of it leaves the database as it was.
 MIGRATE = {
     0: ("DROP TABLE IF EXISTS vehicles", ""),
     1: (
@@ -995,6 +1050,13 @@ MIGRATE = {
         """,
     ),
 }
+
+# Of those who upgrade a cluster at the same time, this fails all but the first.
+GUARD = """
+CREATE TABLE guard (found INTEGER, expected INTEGER, CHECK (found = expected));
+INSERT INTO guard SELECT user_version, %d FROM pragma_user_version;
+DROP TABLE guard;
+"""
 
 # CROSS JOIN makes SQLite go through the questions asked and look each up, never the other way round. What expired no
 # longer ago than the grace is an answer too, but not a fresh one; of a stand-in's word it is none.
@@ -1016,6 +1078,12 @@ WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 
 # The same as lines of a batch.
 LINES, DETAILED_LINES = ANSWERS.replace("body", "line"), DETAILS.replace("body", "line")
+
+# A temporary view would be known to one connection only.
+ANSWERS, DETAILS, LINES, DETAILED_LINES = [
+    f"WITH answers AS ({VIEW.rstrip().rstrip(';')}){statement}"
+    for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
+]
 
 RECORDS = f"""
 SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS)}, attributes
@@ -1049,8 +1117,12 @@ UPDATE vehicles SET expires_at = max(expires_at, ?)
 WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
 """
 
-# A removal is remembered for as long as a fetching that began before it may last.
-REMOVAL = "INSERT OR REPLACE INTO removals (vin, removed_at) VALUES (?, ?)"
+# A removal is remembered for as long as a fetching that began before it may last. It always differs from the one before
+# it, however the clocks of several machines go, and also if it is carried out once more, later.
+REMOVAL = """
+INSERT INTO removals (vin, removed_at) VALUES (?, ?)
+ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.removed_at)
+"""
 REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
 REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
@@ -1070,7 +1142,47 @@ Rows = list[tuple[Any, ...]]
 
 
 class StoreFault(Exception):
-    """A statement was not carried out. The text is the reason, which anybody may read: it names no path."""
+    """A statement was not carried out, for all that is known. The text is the reason, which anybody may read: it names
+    no path and no host."""
+
+
+class Store(Protocol):
+    """What carries the statements out, each as a transaction."""
+
+    name: str
+
+    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+        """The rows, with all in them that was written before. Raises StoreFault."""
+
+    async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
+        """Carry the statement out; the rows that it returns. Raises StoreFault.
+
+        A caller that leaves breaks nothing off."""
+
+    def copy(self) -> AbstractAsyncContextManager[str]:
+        """The URI of a database with all that was written before, which may be read by another SQLite library, in
+        another process. Raises StoreFault."""
+
+    async def doubt(self, cause: str) -> None:
+        """Somebody found the database damaged."""
+
+
+def upgrade(name: str, application: int, version: int, objects: int) -> str:
+    """The statements that make a database of ours of what OWNER found: nothing, an older one of ours, or one as it
+    should be.
+
+    Raises StartupError if the database is a newer one or not ours."""
+    if application != APPLICATION_ID and (application or version or objects):
+        raise StartupError(f"VINCACHE_DATABASE: {name} is an SQLite database, but not one of vincache's")
+    if version > SCHEMA_VERSION:
+        raise StartupError(f"VINCACHE_DATABASE: {name} was made by a newer vincache (schema {version})")
+    if application != APPLICATION_ID or version == SCHEMA_VERSION:
+        return TABLES
+    log.warning(
+        "cache %s: %s has schema %d, not %d", "migrated" if version else "rebuilt", name, version, SCHEMA_VERSION
+    )
+    before, after = MIGRATE[version]
+    return f"{before};{TABLES}{after}"
 
 
 def reason(error: Exception) -> str:
@@ -1163,6 +1275,8 @@ class FileStore:
     One rule holds for whatever happens to the file: what is no longer the file that was opened, or is damaged, is
     retired with all three of its parts, and what is at the path then is opened, be it nothing."""
 
+    name = "file"
+
     def __init__(self, path: Path, busy_timeout: float) -> None:
         self._path = path.absolute()
         self._busy_timeout = busy_timeout
@@ -1208,7 +1322,7 @@ class FileStore:
                         for _ in range(2)
                     ]
                     for connection in (reader, writer):
-                        await connection.executescript(schema())
+                        await connection.executescript(SCHEMA)
                     await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
                     parts = {part: identity(f"{path}{part}") for part in PARTS}
                     return OpenFile(path, parts, reader, writer, connections.pop_all())
@@ -1342,10 +1456,6 @@ class FileStore:
 START_PATIENCE = 30  # seconds for which a start waits for a file that somebody holds locked
 
 
-def schema() -> str:
-    return Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
-
-
 def prepare(path: Path, patience: float) -> None:
     """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
 
@@ -1357,26 +1467,9 @@ def prepare(path: Path, patience: float) -> None:
     sqlite3.connect(path).close()  # makes the file
     # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=patience)) as file:
-        application, version, objects = file.execute(OWNER).fetchone()
-    if application != APPLICATION_ID and (application or version or objects):
-        raise StartupError(f"VINCACHE_DATABASE: {path} is an SQLite file, but not one of vincache's")
-    if version > SCHEMA_VERSION:
-        raise StartupError(f"VINCACHE_DATABASE: {path} was made by a newer vincache (schema {version})")
-    script = schema()
-    if application == APPLICATION_ID and version < SCHEMA_VERSION:
-        log.warning(
-            "cache %s: %s has schema %d, not %d", "migrated" if version else "rebuilt", path, version, SCHEMA_VERSION
-        )
-        before, begin, rest = script.partition(TABLES_BEGIN)
-        tables, end, after = rest.partition(TABLES_END)
-        old, new = MIGRATE[version]
-        script = f"{before}{begin}{old};{tables}{new}{end}{after}"
+        tables = upgrade(str(path), *file.execute(OWNER).fetchone())
     with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as file:
-        file.executescript(script)
-
-
-# What schema.sql has between these is one transaction.
-TABLES_BEGIN, TABLES_END = "BEGIN IMMEDIATE;", "COMMIT;"
+        file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
 
 
 def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
@@ -1391,10 +1484,248 @@ def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
     return True
 
 
+CLUSTER_PATIENCE = 4  # seconds for a statement: an election is over by then
+CLUSTER_ATTEMPT = 0.5  # seconds of them for one node: it may hang, or pass on to one that does
+CLUSTER_HASTE = 0.1  # seconds for a statement after one that was given up, until one is carried out
+CLUSTER_PAUSE = 0.05  # seconds that a round takes at least
+BACKUP_PATIENCE = 30  # seconds: a node makes one backup at a time
+
+Result = dict[str, Any]
+
+
+class NoAnswer(Exception):
+    """A node did not say that it has carried a statement out; if it `got` the statement, it may have all the same."""
+
+    def __init__(self, why: str, got: bool = True) -> None:
+        super().__init__(why)
+        self.got = got
+
+
+class Refused(StoreFault):
+    """No node will have us: waiting does not help."""
+
+
+class ClusterStore:
+    """An rqlite cluster (https://rqlite.io/docs/api/); use as `async with`. Raises StartupError if it won't have us, or
+    isn't ours; if it can't be reached, it is opened later.
+
+    Every node passes a statement on to the leader. One rule holds for whatever happens to them: stay with the node that
+    answered last, else go round. So a statement may be carried out twice, or when it was given up long ago; all of ours
+    may, but that what was removed is not told a second time."""
+
+    name = "rqlite"
+
+    def __init__(self, address: ClusterAddress) -> None:
+        self._nodes = deque(address.nodes)
+        self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
+        self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
+        self._patience: float = CLUSTER_PATIENCE
+        self._closed = "it is not open"  # why it is; empty: it is open
+        self._opening: asyncio.Task[None] | None = None
+        self._writes: set[asyncio.Task[Rows]] = set()
+        self._resources = AsyncExitStack()
+
+    async def __aenter__(self) -> "ClusterStore":
+        async with AsyncExitStack() as resources:
+            # Not vPIC's, which believes in proxies. Each attempt has a deadline of its own.
+            self._session = await resources.enter_async_context(
+                aiohttp.ClientSession(
+                    auth=self._auth,
+                    headers={"Content-Type": "application/json"},
+                    connector=aiohttp.TCPConnector(limit=64),
+                    timeout=aiohttp.ClientTimeout(total=None),
+                    cookie_jar=aiohttp.DummyCookieJar(),
+                )
+            )
+            try:
+                await self._open(self._patience)
+            except Refused as fault:
+                raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
+            except StoreFault as fault:
+                self._closed = str(fault)
+                log.warning("cache not opened (%s): %s; it will be as soon as that is possible", fault, self._hosts)
+            await resources.enter_async_context(background(self._watch()))
+            self._resources = resources.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*self._writes, return_exceptions=True)
+        await self._resources.aclose()
+
+    async def _open(self, patience: float) -> None:
+        for last in (False, True):
+            [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[OWNER]], patience)
+            script = GUARD % version + upgrade(self._hosts, application, version, objects)
+            if application == APPLICATION_ID and version < SCHEMA_VERSION:
+                patience = START_PATIENCE  # all rows are written anew
+            try:
+                await self._ask("execute?transaction", [[statement] for statement in statements(script)], patience)
+                break
+            except StoreFault as fault:
+                if last or "CHECK" not in str(fault):
+                    raise
+        self._closed = ""
+        log.info("cache opened: rqlite, %s", self._hosts)
+
+    async def _open_again(self) -> None:
+        try:
+            await self._open(CLUSTER_ATTEMPT)
+        except StoreFault as fault:
+            self._closed = str(fault)
+        except StartupError:
+            self._closed = "another database is in its place"
+
+    async def _opened(self) -> None:
+        """Wait until it is open; who comes meanwhile shares the attempt. Raises StoreFault."""
+        if self._closed:
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.create_task(self._open_again())
+            await asyncio.wait([self._opening])
+            if self._closed:
+                raise StoreFault(self._closed)
+
+    async def _watch(self) -> None:
+        """Notice soon that it is there again, even if nobody asks, or all ask in too much haste."""
+        while True:
+            await asyncio.sleep(1)
+            with suppress(StoreFault):
+                if self._closed:
+                    await self._opened()
+                elif self._patience < CLUSTER_PATIENCE:
+                    await self._ask("query?level=weak", [[OWNER]], CLUSTER_ATTEMPT)
+
+    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+        """The rows, as the leader has them. Raises StoreFault."""
+        given = [parameters] if isinstance(parameters, dict) else parameters
+        [rows], _ = await self._ask("query?level=weak", [[statement, *given]], self._patience)
+        return rows
+
+    async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
+        """Carry the statement out; the rows that it returns.
+
+        Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
+        breaks nothing off."""
+        writing = asyncio.create_task(self._write(statement, parameters))
+        self._writes.add(writing)
+        writing.add_done_callback(self._writes.discard)
+        return await asyncio.shield(writing)
+
+    async def _write(self, statement: str, parameters: Sequence[Any]) -> Rows:
+        await self._opened()
+        [rows], again = await self._ask("execute?", [[statement, *parameters]], self._patience)
+        if again and not rows and "RETURNING" in statement:
+            raise StoreFault("it may have been done before")
+        return rows
+
+    async def _ask(self, path: str, given: list[list[Any]], patience: float) -> tuple[list[Rows], bool]:
+        """The rows of each statement, and whether they may have been carried out before. Raises StoreFault."""
+        loop, body = asyncio.get_running_loop(), json.dumps(given).encode()
+        attempt = patience if patience > CLUSTER_PATIENCE else min(CLUSTER_ATTEMPT, patience)
+        deadline, again, reasons = loop.time() + patience, False, dict[str, None]()
+        while True:
+            node = self._nodes[0]
+            try:
+                async with asyncio.timeout(min(attempt, deadline - loop.time())):
+                    results = await self._attempt(f"{node}/db/{path}&timeout={attempt}s", body)
+                break
+            except (NoAnswer, TimeoutError) as fault:
+                again |= not isinstance(fault, NoAnswer) or fault.got
+                reasons[str(fault) or "no answer in time"] = None
+            if not await self._go_on(node, deadline):
+                self._patience = CLUSTER_HASTE
+                raise StoreFault(", ".join(reasons))
+        self._patience = CLUSTER_PATIENCE
+        for result in results:
+            if why := result.get("error"):  # SQLite's
+                if "no such table" in why:
+                    self._closed = why
+                raise StoreFault(why)
+        return [[*map(tuple, result.get("values", ()))] for result in results], again
+
+    async def _go_on(self, node: str, deadline: float) -> bool:
+        """Leave the node, unless somebody else has done so, for the next one; whether there is time to ask it."""
+        if self._nodes[0] == node:
+            self._nodes.rotate(-1)
+        await asyncio.sleep(CLUSTER_PAUSE / len(self._nodes))
+        return asyncio.get_running_loop().time() + CLUSTER_PAUSE < deadline
+
+    async def _attempt(self, url: str, body: bytes) -> list[Result]:
+        """What a node says of each statement. Raises NoAnswer, and Refused."""
+        try:
+            # A redirected POST would become a GET.
+            async with self._session.post(url, data=body, allow_redirects=False) as response:
+                if response.status == 401:
+                    raise Refused("user or password refused, or without the right to query and execute")
+                if response.status != 200:
+                    raise NoAnswer("no leader" if response.status == 503 else f"status {response.status}")
+                told = json.loads(await response.read())
+        except aiohttp.ClientConnectorError:
+            raise NoAnswer("not reached", got=False) from None
+        except aiohttp.ClientError:
+            raise NoAnswer("broken off") from None
+        except ValueError:
+            raise NoAnswer("no JSON") from None
+        if "results" not in told:  # the cluster's own error
+            raise NoAnswer("not agreed")
+        return cast(list[Result], told["results"])
+
+    @asynccontextmanager
+    async def copy(self) -> AsyncIterator[str]:
+        """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True) as folder:
+                backup = Path(folder, "backup.db")
+                await self._back_up(backup)
+                yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
+        except OSError as error:
+            raise StoreFault(reason(error)) from error
+
+    async def _back_up(self, path: Path) -> None:
+        started = asyncio.get_running_loop().time()
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CLUSTER_ATTEMPT, sock_read=BACKUP_PATIENCE)
+        while True:
+            node, patience = self._nodes[0], self._patience
+            try:
+                async with self._session.get(f"{node}/db/backup", timeout=timeout) as response:
+                    if response.status == 200:
+                        with path.open("wb") as file:
+                            async for piece in response.content.iter_any():
+                                file.write(piece)
+                        return
+                    if response.status == 401:
+                        raise Refused("user or password refused, or without the right to backup")
+                    why = f"no backup, status {response.status}"
+                    if response.status == 500:  # it makes one for somebody else
+                        patience = BACKUP_PATIENCE
+            except (aiohttp.ClientError, TimeoutError) as error:
+                why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
+            if not await self._go_on(node, started + patience):
+                raise StoreFault(why)
+
+    async def doubt(self, cause: str) -> None:
+        """Nothing: only a copy was seen."""
+
+
+def statements(script: str) -> Iterator[str]:
+    """Its statements one by one; a trigger is one, whatever semicolons are in it."""
+    statement = ""
+    for piece in re.findall("[^;]*;", script):
+        statement += piece
+        if sqlite3.complete_statement(statement):
+            if statement.strip() != ";":
+                yield statement.strip()
+            statement = ""
+
+
+def open_store(settings: Settings) -> FileStore | ClusterStore:
+    cluster = find_cluster(settings.database)
+    return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
+
+
 class Cache:
     """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
 
-    def __init__(self, store: FileStore, grace: float) -> None:
+    def __init__(self, store: Store, grace: float) -> None:
         self._store = store
         self._grace = grace
         self._faults: dict[str, str] = {}
@@ -1412,9 +1743,18 @@ class Cache:
         if self._faults.pop(kind, None):
             log.info("cache can be %s again", kind)
 
+    async def _timed(self, work: Awaitable[Rows]) -> Rows:
+        started, outcome = time.perf_counter(), "failed"
+        try:
+            rows = await work
+            outcome = "ok"
+            return rows
+        finally:
+            store_duration.record(time.perf_counter() - started, {"store": self._store.name, "outcome": outcome})
+
     async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         try:
-            rows = await self._store.read(statement, parameters)
+            rows = await self._timed(self._store.read(statement, parameters))
         except StoreFault as fault:
             self._fault("read", str(fault))
             return []
@@ -1424,7 +1764,7 @@ class Cache:
 
     async def _write(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
         try:
-            rows = await self._store.write(statement, parameters)
+            rows = await self._timed(self._store.write(statement, parameters))
         except StoreFault as fault:
             self._fault("written", str(fault))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
@@ -1483,7 +1823,7 @@ class Cache:
     async def remove(self, vin: str) -> bool:
         """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
 
-        Raises CacheUnavailable, and then nothing was removed."""
+        Raises CacheUnavailable, and then nothing was removed from a file; from a cluster, it may have been."""
         await self._write(REMOVAL, (vin, time.time_ns()))  # first: from now on no fetching puts it back
         return bool(await self._write(REMOVE, (vin,)))
 
@@ -2511,7 +2851,6 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
     file: BinaryIO | None = None
     try:
         try:
-            # Beside the database: in a container nothing else may be writable, and memory is too dear.
             file = cast(BinaryIO, await asyncio.to_thread(tempfile.TemporaryFile, dir=folder))
             async for piece in pieces:  # the last one is empty
                 await asyncio.to_thread(file.write, piece)
@@ -2968,8 +3307,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         log.info("settings: %s", settings)
         async with (
             open_metrics(settings.metrics) as scrape,
-            Rates(settings.rate_storage, settings.vpic_rate) as rates,
-            FileStore(settings.database, settings.busy_timeout) as store,
+            Rates(settings.rate_storage, settings.vpic_rate, settings.nodes) as rates,
+            open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
             Exporter(cache) as exporter,
@@ -3347,7 +3686,7 @@ async def received(request: Request) -> AsyncIterator[Fleet]:
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
-        async with receiving(request.stream(), request.state.settings.database.absolute().parent, kind) as fleet:
+        async with receiving(request.stream(), request.state.settings.folder, kind) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None
