@@ -1665,7 +1665,7 @@ class ClusterStore:
             raise NoAnswer("broken off") from None
         except ValueError:
             raise NoAnswer("no JSON") from None
-        if "results" not in told:  # the cluster's own error
+        if "error" in told or not told["results"]:  # the cluster's own
             raise NoAnswer("not agreed")
         return cast(list[Result], told["results"])
 
