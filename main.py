@@ -89,6 +89,7 @@ from pydantic import (
     Discriminator,
     FailFast,
     Field,
+    PlainValidator,
     SecretStr,
     StrictBool,
     StrictFloat,
@@ -146,39 +147,6 @@ def check_blanks(url: str) -> str:
     return url
 
 
-def check_database(database: str) -> str:
-    """The path, or the URL of a cluster, as given. Raises ValueError if it is such a URL without usable hosts."""
-    if is_cluster(database):
-        parse_cluster(database)
-    return database
-
-
-def is_cluster(database: str) -> bool:
-    return re.match("rqlites?://", database) is not None
-
-
-class ClusterAddress(NamedTuple):
-    """The URLs of its nodes, the nearest first, and a user and a password, empty if there are none."""
-
-    nodes: list[str]
-    user: str
-    password: str
-
-
-def parse_cluster(url: str) -> ClusterAddress:
-    """What stands in rqlite://user:password@host:port,host:port,...; rqlites is by TLS. Raises ValueError."""
-    scheme, _, rest = url.partition("://")
-    credentials, _, hosts = rest.rpartition("@")
-    user, _, password = credentials.partition(":")
-    nodes = []
-    for host in hosts.split(","):
-        parts = urlsplit(f"{'https' if scheme == 'rqlites' else 'http'}://{host}")
-        if not parts.hostname or parts.path or parts.query or parts.fragment or re.search(r"\s", host):
-            raise ValueError("not hosts like rqlite://user:password@db1:4001,db2:4001")
-        nodes.append(parts.geturl() if parts.port else f"{parts.geturl()}:4001")
-    return ClusterAddress(nodes, unquote(user), unquote(password))
-
-
 def check_origins(origins: str) -> str:
     """The origins as given. Raises ValueError unless each is one as a browser sends it, or `*` for all."""
     for origin in origins.split(",") if origins else ():
@@ -194,6 +162,45 @@ def check_limit(limit: str) -> str:
     if limit and (len(parsed := limits.parse_many(limit)) != 1 or parsed[0].amount < 1):
         raise ValueError("not one limit like 10/minute (empty means: none)")
     return limit
+
+
+CLUSTER_NODE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
+
+
+class ClusterAddress(NamedTuple):
+    """Of an rqlite cluster: the URLs of its nodes, in the order given, and a user and a password, empty if there are
+    none."""
+
+    nodes: list[str]
+    user: str
+    password: str
+
+
+def find_cluster(database: str) -> ClusterAddress | None:
+    """What stands in `rqlite://user:password@host:port,host:port`, with `rqlites` for TLS; None if it is a path.
+
+    Raises ValueError if it is neither."""
+    scheme, is_url, rest = database.partition("://")
+    if not is_url:
+        return None
+    credentials, _, hosts = rest.rpartition("@")
+    user, password = map(unquote, credentials.partition(":")[::2])
+    nodes = [CLUSTER_NODE.fullmatch(host) for host in hosts.split(",")]
+    if (
+        scheme not in ("rqlite", "rqlites")
+        or not all(node and 0 < int(node[1] or 4001) < 2**16 for node in nodes)
+        or re.search(r"\s", credentials)
+        or ":" in user
+    ):
+        raise ValueError("neither a path nor like rqlite://user:password@db1:4001,db2:4001")
+    http = "https" if scheme == "rqlites" else "http"
+    return ClusterAddress([f"{http}://{node[0]}{'' if node[1] else ':4001'}" for node in nodes if node], user, password)
+
+
+def check_database(database: str) -> str:
+    """The path, or the URL of a cluster, as given. Raises ValueError."""
+    find_cluster(database)
+    return database
 
 
 def plain_number(seconds: float) -> float:
@@ -223,10 +230,9 @@ class Settings(BaseSettings):
         env_prefix="VINCACHE_", env_file=ENV_FILE, env_file_encoding=ENV_ENCODING, extra="ignore", frozen=True
     )
 
-    database: Annotated[str, AfterValidator(check_database)] = (
-        "vincache.db"  # the cache: an SQLite file, made if it is missing; or rqlite://... for a cluster
+    database: Annotated[str, PlainValidator(check_database)] = (  # plain: a path need not be text
+        "vincache.db"  # the cache: an SQLite file, made if it is missing; or `rqlite://...`, a cluster
     )
-    nodes: Count = 1  # that share vPIC's rate and nothing to count it in: machines times workers
     ttl: Seconds = 30 * 86400  # a decoded VIN is fresh this long: vPIC's data drift with its releases
     invalid_ttl: Seconds = 86400  # an undecodable one: a manufacturer may register tomorrow
     grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, and asked anew behind it
@@ -239,6 +245,7 @@ class Settings(BaseSettings):
     vpic_batch_timeout: Seconds = 30  # the deadline of one call for 50 VINs, of which vPIC decodes some 20 a second
     vpic_concurrency: Count = 8  # calls under way at once
     vpic_rate: Count = 1000  # calls in any minute: NHTSA asks for no more
+    nodes: Count = 1  # services, each of their workers counted, that share this rate and no storage to count it in
     breaker_failures: Count = 5  # failed calls in a row, for different VINs, after which vPIC is left alone
     breaker_seconds: Seconds = 30  # for this long; then one call probes it
     stale_ttl: Seconds = 60  # an expired row that had to serve is not asked anew for this long
@@ -261,9 +268,10 @@ class Settings(BaseSettings):
     metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
 
     @property
-    def upload_folder(self) -> Path | None:
-        """Beside the database: in a container nothing else may be writable. None, of a cluster: the system's."""
-        return None if is_cluster(self.database) else Path(self.database).absolute().parent
+    def folder(self) -> Path:
+        """For what is too large for memory: beside the database, in a container nothing else may be writable."""
+        is_file = find_cluster(self.database) is None
+        return Path(self.database).absolute().parent if is_file else Path(tempfile.gettempdir())
 
     @property
     def api_keys(self) -> list[str]:
@@ -917,7 +925,7 @@ class MovingWindow:
 
 
 class Rates:
-    """The counts of this service. Raises StartupError for a storage that could never work."""
+    """The counts of this service, one of so many nodes. Raises StartupError for a storage that could never work."""
 
     def __init__(self, url: str, vpic_rate: int, nodes: int) -> None:
         self._vpic_limit = RateLimitItemPerMinute(vpic_rate)
@@ -1018,9 +1026,9 @@ SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
 
 SCHEMA, _, VIEW = Path(__file__).with_name("schema.sql").read_text("utf-8").partition("CREATE TEMP VIEW answers AS")
-# What it has between these is one transaction.
-PRAGMAS, BEGIN, _ = SCHEMA.partition("BEGIN IMMEDIATE;")
-TABLES, COMMIT, _ = SCHEMA.removeprefix(PRAGMAS + BEGIN).partition("COMMIT;")
+# What stands between these is one transaction.
+PRAGMAS, BEGIN, TABLES = SCHEMA.partition("BEGIN IMMEDIATE;")
+TABLES, COMMIT, _ = TABLES.partition("COMMIT;")
 
 OWNER = """
 SELECT (SELECT application_id FROM pragma_application_id),
@@ -1028,8 +1036,8 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-# By the schema that a file has, what goes before and behind the tables of schema.sql, in their transaction: a process
-# killed in the midst of it leaves the file as it was.
+# By the schema that a database has, what goes before and behind the tables of schema.sql, in their transaction: a
+# process killed in the midst of it leaves the database as it was.
 MIGRATE = {
     0: ("DROP TABLE IF EXISTS vehicles", ""),
     1: (
@@ -1044,16 +1052,10 @@ MIGRATE = {
     ),
 }
 
-
-def with_answers(statement: str) -> str:
-    """A statement that reads the view `answers`, which is no part of the database: it would be of another version."""
-    return f"WITH answers AS ({VIEW.rstrip().rstrip(';')})\n{statement}"
-
-
-# In front of a migration that several do at once: all but the first find another version, and nothing is done.
+# Of those who upgrade a cluster at the same time, this fails all but the first.
 GUARD = """
-CREATE TABLE guard (found, expected, CHECK (found = expected));
-INSERT INTO guard SELECT user_version, ? FROM pragma_user_version;
+CREATE TABLE guard (found INTEGER, expected INTEGER, CHECK (found = expected));
+INSERT INTO guard SELECT user_version, %d FROM pragma_user_version;
 DROP TABLE guard;
 """
 
@@ -1078,7 +1080,11 @@ WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 # The same as lines of a batch.
 LINES, DETAILED_LINES = ANSWERS.replace("body", "line"), DETAILS.replace("body", "line")
 
-ANSWERS, DETAILS, LINES, DETAILED_LINES = map(with_answers, (ANSWERS, DETAILS, LINES, DETAILED_LINES))
+# A temporary view would be known to one connection only.
+ANSWERS, DETAILS, LINES, DETAILED_LINES = [
+    f"WITH answers AS ({VIEW.rstrip().rstrip(';')}){statement}"
+    for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
+]
 
 RECORDS = f"""
 SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS)}, attributes
@@ -1112,8 +1118,12 @@ UPDATE vehicles SET expires_at = max(expires_at, ?)
 WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
 """
 
-# A removal is remembered for as long as a fetching that began before it may last.
-REMOVAL = "INSERT OR REPLACE INTO removals (vin, removed_at) VALUES (?, ?)"
+# A removal is remembered for as long as a fetching that began before it may last. It always differs from the one before
+# it, however the clocks of several machines go, and also if it is carried out once more, later.
+REMOVAL = """
+INSERT INTO removals (vin, removed_at) VALUES (?, ?)
+ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.removed_at)
+"""
 REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
 REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
@@ -1138,35 +1148,40 @@ class StoreFault(Exception):
 
 
 class Store(Protocol):
-    """What carries statements out, each a transaction."""
+    """What carries the statements out, each as a transaction."""
 
     name: str
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows, of all that was written before, by whomever. Raises StoreFault."""
+        """The rows, with all in them that was written before. Raises StoreFault."""
 
     async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
-        """Carry it out; the rows that it returns. Raises StoreFault."""
+        """Carry the statement out; the rows that it returns. Raises StoreFault.
+
+        A caller that leaves breaks nothing off."""
 
     def copy(self) -> AbstractAsyncContextManager[str]:
-        """The URI of a database that may be read by another SQLite library, in another process, with all that was
-        written before. Raises StoreFault."""
+        """The URI of a database with all that was written before, which may be read by another SQLite library, in
+        another process. Raises StoreFault."""
 
     async def doubt(self, cause: str) -> None:
         """Somebody found the database damaged."""
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
-    """The statements that make a database of ours of what there is, by what OWNER says of it: nothing, an older one of
-    ours, or one as it should be. Raises StartupError if it is a newer one or not ours."""
+    """The statements that make a database of ours of what OWNER found: nothing, an older one of ours, or one as it
+    should be.
+
+    Raises StartupError if the database is a newer one or not ours."""
     if application != APPLICATION_ID and (application or version or objects):
-        raise StartupError(f"VINCACHE_DATABASE: {name} is a database, but not one of vincache's")
+        raise StartupError(f"VINCACHE_DATABASE: {name} is an SQLite database, but not one of vincache's")
     if version > SCHEMA_VERSION:
         raise StartupError(f"VINCACHE_DATABASE: {name} was made by a newer vincache (schema {version})")
     if application != APPLICATION_ID or version == SCHEMA_VERSION:
         return TABLES
-    done = "migrated" if version else "rebuilt"
-    log.warning("cache %s: %s has schema %d, not %d", done, name, version, SCHEMA_VERSION)
+    log.warning(
+        "cache %s: %s has schema %d, not %d", "migrated" if version else "rebuilt", name, version, SCHEMA_VERSION
+    )
     before, after = MIGRATE[version]
     return f"{before};{TABLES}{after}"
 
@@ -1470,165 +1485,232 @@ def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
     return True
 
 
-CLUSTER_PATIENCE = 4  # seconds for one statement: an election takes some two
-CLUSTER_ATTEMPT = 0.5  # seconds of them for one node, which hangs, or passes on to one that does
-CLUSTER_HASTE = 0.1  # seconds for one statement, once one has failed, until one succeeds
-BACKUP_PATIENCE = 10  # seconds: a node makes one at a time
+CLUSTER_PATIENCE = 4  # seconds for a statement: an election is over by then
+CLUSTER_ATTEMPT = 0.5  # seconds of them for one node: it may hang, or pass on to one that does
+CLUSTER_HASTE = 0.1  # seconds for a statement after one that was given up, until one is carried out
+CLUSTER_PAUSE = 0.05  # seconds that a round takes at least
+BACKUP_PATIENCE = 30  # seconds: a node makes one backup at a time
+
+Result = dict[str, Any]
 
 
 class NoAnswer(Exception):
-    """A node did not carry a statement out; unless it was never reached, that is not known."""
+    """A node did not say that it has carried a statement out; if it `got` the statement, it may have all the same."""
 
-    def __init__(self, reason: str, reached: bool = True) -> None:
-        super().__init__(reason)
-        self.reached = reached
+    def __init__(self, why: str, got: bool = True) -> None:
+        super().__init__(why)
+        self.got = got
 
 
 class Refused(StoreFault):
-    """Waiting does not help."""
+    """No node will have us: waiting does not help."""
 
 
 class ClusterStore:
-    """An rqlite cluster, by its HTTP API. Any node will do, each passes on to the leader: the one that answered last is
-    asked again, else the next one. Source: https://rqlite.io/docs/api/."""
+    """An rqlite cluster (https://rqlite.io/docs/api/); use as `async with`. Raises StartupError if it won't have us, or
+    isn't ours; if it can't be reached, it is opened later.
+
+    Every node passes a statement on to the leader. One rule holds for whatever happens to them: stay with the node that
+    answered last, else go round. So a statement may be carried out twice, or when it was given up long ago; all of ours
+    may, but that what was removed is not told a second time."""
 
     name = "rqlite"
 
-    def __init__(self, session: aiohttp.ClientSession, nodes: Sequence[str]) -> None:
-        self._session = session
-        self._nodes = deque(nodes)
+    def __init__(self, address: ClusterAddress) -> None:
+        self._nodes = deque(address.nodes)
+        self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
+        self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
         self._patience: float = CLUSTER_PATIENCE
-        self._opened = False
-        self._opening = asyncio.Lock()
+        self._closed = "it is not open"  # why it is; empty: it is open
+        self._opening: asyncio.Task[None] | None = None
+        self._writes: set[asyncio.Task[Rows]] = set()
+        self._resources = AsyncExitStack()
 
-    async def start(self) -> None:
-        """Open it, or leave that to the first write. Raises StartupError for what waiting does not help."""
+    async def __aenter__(self) -> "ClusterStore":
+        async with AsyncExitStack() as resources:
+            # Not vPIC's, which believes in proxies. Each attempt has a deadline of its own.
+            self._session = await resources.enter_async_context(
+                aiohttp.ClientSession(
+                    auth=self._auth,
+                    headers={"Content-Type": "application/json"},
+                    connector=aiohttp.TCPConnector(limit=64),
+                    timeout=aiohttp.ClientTimeout(total=None),
+                    cookie_jar=aiohttp.DummyCookieJar(),
+                )
+            )
+            try:
+                await self._open(self._patience)
+            except Refused as fault:
+                raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
+            except StoreFault as fault:
+                self._closed = str(fault)
+                log.warning("cache not opened (%s): %s; it will be as soon as that is possible", fault, self._hosts)
+            await resources.enter_async_context(background(self._watch()))
+            self._resources = resources.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*self._writes, return_exceptions=True)
+        await self._resources.aclose()
+
+    async def _open(self, patience: float) -> None:
+        for last in (False, True):
+            [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[OWNER]], patience)
+            script = GUARD % version + upgrade(self._hosts, application, version, objects)
+            if application == APPLICATION_ID and version < SCHEMA_VERSION:
+                patience = START_PATIENCE  # all rows are written anew
+            try:
+                await self._ask("execute?transaction", [[statement] for statement in statements(script)], patience)
+                break
+            except StoreFault as fault:
+                if last or "CHECK" not in str(fault):
+                    raise
+        self._closed = ""
+        log.info("cache opened: rqlite, %s", self._hosts)
+
+    async def _open_again(self) -> None:
         try:
-            await self._open()
+            await self._open(CLUSTER_ATTEMPT)
         except StoreFault as fault:
-            if isinstance(fault, Refused):  # else the first statement tells of it
-                raise StartupError(f"VINCACHE_DATABASE: {', '.join(self._nodes)}: {fault}") from None
+            self._closed = str(fault)
+        except StartupError:
+            self._closed = "another database is in its place"
 
-    async def _open(self) -> None:
-        async with self._opening:
-            if self._opened:
-                return
-            for last in (False, True):
-                [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[OWNER]])
-                tables = upgrade(", ".join(self._nodes), application, version, objects)
-                if version == SCHEMA_VERSION:
-                    break
-                guard = [[statement, version] if "?" in statement else [statement] for statement in statements(GUARD)]
-                try:
-                    await self._ask("execute?transaction", [*guard, *([statement] for statement in statements(tables))])
-                except StoreFault:
-                    if last:
-                        raise
-            self._opened = True
-            log.info("cache opened: %s", ", ".join(self._nodes))
+    async def _opened(self) -> None:
+        """Wait until it is open; who comes meanwhile shares the attempt. Raises StoreFault."""
+        if self._closed:
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.create_task(self._open_again())
+            await asyncio.wait([self._opening])
+            if self._closed:
+                raise StoreFault(self._closed)
+
+    async def _watch(self) -> None:
+        """Notice soon that it is there again, even if nobody asks, or all ask in too much haste."""
+        while True:
+            await asyncio.sleep(1)
+            with suppress(StoreFault):
+                if self._closed:
+                    await self._opened()
+                elif self._patience < CLUSTER_PATIENCE:
+                    await self._ask("query?level=weak", [[OWNER]], CLUSTER_ATTEMPT)
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, as the leader has them. Raises StoreFault."""
         given = [parameters] if isinstance(parameters, dict) else parameters
-        [rows], _ = await self._ask("query?level=weak", [[statement, *given]])
+        [rows], _ = await self._ask("query?level=weak", [[statement, *given]], self._patience)
         return rows
 
     async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
-        """Carry it out, more than once if it is not known whether it was; the rows that it returns.
+        """Carry the statement out; the rows that it returns.
 
-        Raises StoreFault, also for rows that may have been returned to nobody."""
-        if not self._opened:
-            try:
-                await self._open()
-            except StartupError:
-                raise StoreFault("tables of somebody else, or of a newer vincache") from None
-        [rows], again = await self._ask("execute?", [[statement, *parameters]])
+        Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
+        breaks nothing off."""
+        writing = asyncio.create_task(self._write(statement, parameters))
+        self._writes.add(writing)
+        writing.add_done_callback(self._writes.discard)
+        return await asyncio.shield(writing)
+
+    async def _write(self, statement: str, parameters: Sequence[Any]) -> Rows:
+        await self._opened()
+        [rows], again = await self._ask("execute?", [[statement, *parameters]], self._patience)
         if again and not rows and "RETURNING" in statement:
-            raise StoreFault("it may have been carried out before")
+            raise StoreFault("it may have been done before")
         return rows
 
-    async def _ask(self, path: str, given: list[list[Any]]) -> tuple[list[Rows], bool]:
+    async def _ask(self, path: str, given: list[list[Any]], patience: float) -> tuple[list[Rows], bool]:
         """The rows of each statement, and whether they may have been carried out before. Raises StoreFault."""
-        loop = asyncio.get_running_loop()
-        deadline, again = loop.time() + self._patience, False
+        loop, body = asyncio.get_running_loop(), json.dumps(given).encode()
+        attempt = patience if patience > CLUSTER_PATIENCE else min(CLUSTER_ATTEMPT, patience)
+        deadline, again, reasons = loop.time() + patience, False, dict[str, None]()
         while True:
             node = self._nodes[0]
-            seconds = min(CLUSTER_ATTEMPT, deadline - loop.time())
             try:
-                told = await self._attempt(f"{node}/db/{path}&timeout={max(0.1, seconds):.3f}s", given, seconds)
+                async with asyncio.timeout(min(attempt, deadline - loop.time())):
+                    results = await self._attempt(f"{node}/db/{path}&timeout={attempt}s", body)
                 break
-            except NoAnswer as fault:
-                again |= fault.reached
-                if self._nodes[0] == node:  # else somebody has gone on already
-                    self._nodes.rotate(-1)
-                if loop.time() + 0.05 >= deadline:
-                    self._patience = CLUSTER_HASTE
-                    raise StoreFault(str(fault)) from None
-            await asyncio.sleep(0.05)
+            except (NoAnswer, TimeoutError) as fault:
+                again |= not isinstance(fault, NoAnswer) or fault.got
+                reasons[str(fault) or "no answer in time"] = None
+            if not await self._go_on(node, deadline):
+                self._patience = CLUSTER_HASTE
+                raise StoreFault(", ".join(reasons))
         self._patience = CLUSTER_PATIENCE
-        for result in told:
-            if "error" in result:  # SQLite's own
-                if "no such table" in result["error"]:
-                    self._opened = False  # it was emptied or loaded anew
-                raise StoreFault(result["error"])
-        return [result.get("values", []) for result in told], again
+        for result in results:
+            if why := result.get("error"):  # SQLite's
+                if "no such table" in why:
+                    self._closed = why
+                raise StoreFault(why)
+        return [[*map(tuple, result.get("values", ()))] for result in results], again
 
-    async def _attempt(self, url: str, given: list[list[Any]], seconds: float) -> list[dict[str, Any]]:
-        """What one node says of each statement. Raises NoAnswer, and Refused if it won't have us."""
+    async def _go_on(self, node: str, deadline: float) -> bool:
+        """Leave the node, unless somebody else has done so, for the next one; whether there is time to ask it."""
+        if self._nodes[0] == node:
+            self._nodes.rotate(-1)
+        await asyncio.sleep(CLUSTER_PAUSE / len(self._nodes))
+        return asyncio.get_running_loop().time() + CLUSTER_PAUSE < deadline
+
+    async def _attempt(self, url: str, body: bytes) -> list[Result]:
+        """What a node says of each statement. Raises NoAnswer, and Refused."""
         try:
-            # A redirect would be followed by a GET.
-            async with asyncio.timeout(seconds), self._session.post(url, json=given, allow_redirects=False) as response:
+            # A redirected POST would become a GET.
+            async with self._session.post(url, data=body, allow_redirects=False) as response:
                 if response.status == 401:
-                    raise Refused("its user or password is refused")
+                    raise Refused("user or password refused, or without the right to query and execute")
                 if response.status != 200:
-                    raise NoAnswer(f"no leader (status {response.status})")
-                told = await response.json(content_type=None)
-        except TimeoutError:
-            raise NoAnswer("no answer in time") from None
-        except aiohttp.ClientError as error:
-            raise NoAnswer("not reached", not isinstance(error, aiohttp.ClientConnectorError)) from None
+                    raise NoAnswer("no leader" if response.status == 503 else f"status {response.status}")
+                told = json.loads(await response.read())
+        except aiohttp.ClientConnectorError:
+            raise NoAnswer("not reached", got=False) from None
+        except aiohttp.ClientError:
+            raise NoAnswer("broken off") from None
         except ValueError:
-            raise NoAnswer("an answer that is no JSON") from None
-        if "error" in told:  # the cluster's
-            raise NoAnswer("it cannot agree")
-        return cast(list[dict[str, Any]], told["results"])
+            raise NoAnswer("no JSON") from None
+        if "error" in told or not told["results"]:  # the cluster's own
+            raise NoAnswer("not agreed")
+        return cast(list[Result], told["results"])
 
     @asynccontextmanager
     async def copy(self) -> AsyncIterator[str]:
         """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
-        with tempfile.TemporaryDirectory(prefix="vincache-") as folder:
-            backup = Path(folder, "backup.db")
-            await self._back_up(backup)
-            yield f"{backup.as_uri()}?immutable=1"  # it says that it has a WAL
+        try:
+            with tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True) as folder:
+                backup = Path(folder, "backup.db")
+                await self._back_up(backup)
+                yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
+        except OSError as error:
+            raise StoreFault(reason(error)) from error
 
     async def _back_up(self, path: Path) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + BACKUP_PATIENCE
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CLUSTER_ATTEMPT, sock_read=BACKUP_PATIENCE / 2)
+        started = asyncio.get_running_loop().time()
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CLUSTER_ATTEMPT, sock_read=BACKUP_PATIENCE)
         while True:
-            node, why = self._nodes[0], "not reached"
-            with suppress(aiohttp.ClientError, TimeoutError):
-                async with self._session.get(f"{node}/db/backup", timeout=timeout, allow_redirects=False) as response:
+            node, patience = self._nodes[0], self._patience
+            try:
+                async with self._session.get(f"{node}/db/backup", timeout=timeout) as response:
                     if response.status == 200:
                         with path.open("wb") as file:
-                            async for chunk in response.content.iter_chunked(2**18):
-                                file.write(chunk)
+                            async for piece in response.content.iter_any():
+                                file.write(piece)
                         return
-                    why = f"no backup (status {response.status})"
-            if self._nodes[0] == node:
-                self._nodes.rotate(-1)
-            if loop.time() >= deadline:
+                    if response.status == 401:
+                        raise Refused("user or password refused, or without the right to backup")
+                    why = f"no backup, status {response.status}"
+                    if response.status == 500:  # it makes one for somebody else
+                        patience = BACKUP_PATIENCE
+            except (aiohttp.ClientError, TimeoutError) as error:
+                why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
+            if not await self._go_on(node, started + patience):
                 raise StoreFault(why)
-            await asyncio.sleep(0.1)
 
     async def doubt(self, cause: str) -> None:
-        """Nothing: it was a copy."""
+        """Nothing: only a copy was seen."""
 
 
 def statements(script: str) -> Iterator[str]:
-    """Its statements, one by one; a trigger is one, semicolons and all."""
+    """Its statements one by one; a trigger is one, whatever semicolons are in it."""
     statement = ""
-    for piece in re.split("(?<=;)", script):
+    for piece in re.findall("[^;]*;", script):
         statement += piece
         if sqlite3.complete_statement(statement):
             if statement.strip() != ";":
@@ -1636,23 +1718,9 @@ def statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-@asynccontextmanager
-async def open_store(settings: Settings) -> AsyncIterator[Store]:
-    """The file, or the cluster. Raises StartupError."""
-    if not is_cluster(settings.database):
-        async with FileStore(Path(settings.database), settings.busy_timeout) as store:
-            yield store
-        return
-    nodes, user, password = parse_cluster(settings.database)
-    async with aiohttp.ClientSession(
-        auth=aiohttp.BasicAuth(user, password, "utf-8") if user else None,
-        timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
-        connector=aiohttp.TCPConnector(limit=0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-    ) as session:
-        cluster = ClusterStore(session, nodes)
-        await cluster.start()
-        yield cluster
+def open_store(settings: Settings) -> FileStore | ClusterStore:
+    cluster = find_cluster(settings.database)
+    return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
 
 
 class Cache:
@@ -1676,21 +1744,18 @@ class Cache:
         if self._faults.pop(kind, None):
             log.info("cache can be %s again", kind)
 
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Around a statement: the telemetry knows of it."""
+    async def _timed(self, work: Awaitable[Rows]) -> Rows:
         started, outcome = time.perf_counter(), "failed"
         try:
-            yield
+            rows = await work
             outcome = "ok"
+            return rows
         finally:
-            took = time.perf_counter() - started
-            store_duration.record(took, {"store": self._store.name, "outcome": outcome})
+            store_duration.record(time.perf_counter() - started, {"store": self._store.name, "outcome": outcome})
 
     async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         try:
-            with self._noting():
-                rows = await self._store.read(statement, parameters)
+            rows = await self._timed(self._store.read(statement, parameters))
         except StoreFault as fault:
             self._fault("read", str(fault))
             return []
@@ -1700,8 +1765,7 @@ class Cache:
 
     async def _write(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
         try:
-            with self._noting():
-                rows = await self._store.write(statement, parameters)
+            rows = await self._timed(self._store.write(statement, parameters))
         except StoreFault as fault:
             self._fault("written", str(fault))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
@@ -1760,7 +1824,7 @@ class Cache:
     async def remove(self, vin: str) -> bool:
         """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
 
-        Raises CacheUnavailable, and then nothing was removed."""
+        Raises CacheUnavailable, and then nothing was removed from a file; from a cluster, it may have been."""
         await self._write(REMOVAL, (vin, time.time_ns()))  # first: from now on no fetching puts it back
         return bool(await self._write(REMOVE, (vin,)))
 
@@ -2780,7 +2844,7 @@ class Fleet:
 
 
 @asynccontextmanager
-async def receiving(pieces: AsyncIterator[bytes], folder: Path | None, kind: str) -> AsyncIterator[Fleet]:
+async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> AsyncIterator[Fleet]:
     """Receive a file and open it; it has no name, and is gone at the end, whatever happens.
 
     Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, and a 422."""
@@ -3630,7 +3694,7 @@ async def received(request: Request) -> AsyncIterator[Fleet]:
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
-        async with receiving(request.stream(), request.state.settings.upload_folder, kind) as fleet:
+        async with receiving(request.stream(), request.state.settings.folder, kind) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None
