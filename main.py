@@ -1079,10 +1079,10 @@ WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 # The same as lines of a batch.
 LINES, DETAILED_LINES = ANSWERS.replace("body", "line"), DETAILS.replace("body", "line")
 
-# A temporary view would be known to one connection only.
+# As a temporary view it would be known to one connection only. Without comments there is less to send.
+VIEW = " ".join(re.sub("--.*", "", VIEW).split()).rstrip(";")
 ANSWERS, DETAILS, LINES, DETAILED_LINES = [
-    f"WITH answers AS ({VIEW.rstrip().rstrip(';')}){statement}"
-    for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
+    f"WITH answers AS ({VIEW}){statement}" for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
 ]
 
 RECORDS = f"""
@@ -1659,8 +1659,9 @@ class ClusterStore:
                 if response.status != 200:
                     raise NoAnswer("no leader" if response.status == 503 else f"status {response.status}")
                 told = json.loads(await response.read())
-        except aiohttp.ClientConnectorError:
-            raise NoAnswer("not reached", got=False) from None
+        except aiohttp.ClientConnectorError as error:
+            why = "not trusted" if isinstance(error, aiohttp.ClientSSLError) else "not reached"
+            raise NoAnswer(why, got=False) from None
         except aiohttp.ClientError:
             raise NoAnswer("broken off") from None
         except ValueError:
@@ -1675,16 +1676,17 @@ class ClusterStore:
         try:
             with tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True) as folder:
                 backup = Path(folder, "backup.db")
+                await self._ask("query?level=weak", [[OWNER]], self._patience)  # of a node that hangs it knows sooner
                 await self._back_up(backup)
                 yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
         except OSError as error:
             raise StoreFault(reason(error)) from error
 
     async def _back_up(self, path: Path) -> None:
-        started = asyncio.get_running_loop().time()
+        deadline = asyncio.get_running_loop().time() + BACKUP_PATIENCE
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CLUSTER_ATTEMPT, sock_read=BACKUP_PATIENCE)
         while True:
-            node, patience = self._nodes[0], self._patience
+            node = self._nodes[0]
             try:
                 async with self._session.get(f"{node}/db/backup", timeout=timeout) as response:
                     if response.status == 200:
@@ -1694,12 +1696,10 @@ class ClusterStore:
                         return
                     if response.status == 401:
                         raise Refused("user or password refused, or without the right to backup")
-                    why = f"no backup, status {response.status}"
-                    if response.status == 500:  # it makes one for somebody else
-                        patience = BACKUP_PATIENCE
+                    why = f"no backup, status {response.status}"  # 500 where it makes one for somebody else
             except (aiohttp.ClientError, TimeoutError) as error:
                 why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
-            if not await self._go_on(node, started + patience):
+            if not await self._go_on(node, deadline):
                 raise StoreFault(why)
 
     async def doubt(self, cause: str) -> None:
