@@ -2348,8 +2348,8 @@ Before = Callable[[web.Request, str], Awaitable[web.StreamResponse | None]]
 
 @asynccontextmanager
 async def node_behind(cluster: Cluster, before: Before, after: Before) -> AsyncIterator[str]:
-    """The setting for a node that passes on what it is sent, unless `before` answers it; when it was carried out, `after`
-    may answer instead. Each is given the request and the statement in it."""
+    """The setting for a node that passes on what it is sent, unless `before` answers it; once it was carried out,
+    `after` may answer instead. Each is given the request and the statement in it."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         given = await request.read()
