@@ -20,6 +20,7 @@ Glossary:
   ticket      a question that waits for vPIC or is being asked, shared by all who ask it at that moment
   place       one of the few calls to vPIC that may be under way at once
   stale       a row past its `expires_at`, served in its grace, or because vPIC can't be used
+  store       what carries SQL out: one SQLite file, or an rqlite cluster that many nodes of the service share
 """
 
 import asyncio
@@ -267,7 +268,7 @@ class Settings(BaseSettings):
     metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
 
     @property
-    def folder(self) -> Path:
+    def upload_folder(self) -> Path:
         """For what is too large for memory: beside the database, in a container nothing else may be writable."""
         is_file = find_cluster(self.database) is None
         return Path(self.database).absolute().parent if is_file else Path(tempfile.gettempdir())
@@ -1173,7 +1174,7 @@ def upgrade(name: str, application: int, version: int, objects: int) -> str:
 
     Raises StartupError if the database is a newer one or not ours."""
     if application != APPLICATION_ID and (application or version or objects):
-        raise StartupError(f"VINCACHE_DATABASE: {name} is an SQLite database, but not one of vincache's")
+        raise StartupError(f"VINCACHE_DATABASE: {name} is a database, but not one of vincache's")
     if version > SCHEMA_VERSION:
         raise StartupError(f"VINCACHE_DATABASE: {name} was made by a newer vincache (schema {version})")
     if application != APPLICATION_ID or version == SCHEMA_VERSION:
@@ -1542,8 +1543,7 @@ class ClusterStore:
             except Refused as fault:
                 raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
             except StoreFault as fault:
-                self._closed = str(fault)
-                log.warning("cache not opened (%s): %s; it will be as soon as that is possible", fault, self._hosts)
+                self._closed = str(fault)  # the first statement tells of it
             await resources.enter_async_context(background(self._watch()))
             self._resources = resources.pop_all()
         return self
@@ -1810,7 +1810,7 @@ class Cache:
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
         """Insert or replace the rows, each unless there was another removal than the one given; if that fails, they
-        are not cached. Returns within `busy_timeout`."""
+        are not cached. Returns within the store's patience: `busy_timeout` or CLUSTER_PATIENCE."""
         rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
             await self._write(STORE, (rows,))
@@ -3396,7 +3396,15 @@ class Front:
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
     "allow_headers": ["X-API-Key", "If-None-Match", "Range"],
-    "expose_headers": ["Age", "Content-Disposition", "Content-Range", "ETag", "Retry-After", "X-Cache"],
+    "expose_headers": [
+        "Age",
+        "Content-Disposition",
+        "Content-Range",
+        "ETag",
+        "Retry-After",
+        "X-Cache",
+        "X-Total-Count",
+    ],
 }
 
 
@@ -3686,7 +3694,7 @@ async def received(request: Request) -> AsyncIterator[Fleet]:
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
-        async with receiving(request.stream(), request.state.settings.folder, kind) as fleet:
+        async with receiving(request.stream(), request.state.settings.upload_folder, kind) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None

@@ -1,5 +1,6 @@
 -- vincache's cache. Every row can be had again from vPIC: the file may be deleted at any time.
--- Executed on every connection that vincache opens; it changes nothing that is already there.
+-- Executed on every connection that vincache opens on a file; of it, a cluster gets what is one transaction. It changes nothing that
+-- is already there.
 
 PRAGMA journal_mode = WAL;      -- readers never wait for the writer, nor it for them
 PRAGMA synchronous  = NORMAL;   -- with WAL, a killed process loses nothing; a power cut may lose the last rows, never the file
@@ -64,8 +65,8 @@ PRAGMA user_version   = 2;                       -- the number of this schema
 COMMIT;
 
 -- A cached row as /lookup tells it: the HTTP status, and the body as JSON text; and as a line of a batch, whose keys are always the
--- same. Temporary, so that it is always of the running version; SQLite writes the JSON because a hit is then one string from the
--- file to the socket.
+-- same. main.py puts it in front of the statements that need it, so that it is always of the running version; SQLite writes the JSON
+-- because a hit is then one string from the file to the socket.
 CREATE TEMP VIEW answers AS
 SELECT
     vin,
