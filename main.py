@@ -268,7 +268,7 @@ class Settings(BaseSettings):
     metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
 
     @property
-    def folder(self) -> Path:
+    def upload_folder(self) -> Path:
         """For what is too large for memory: beside the database, in a container nothing else may be writable."""
         is_file = find_cluster(self.database) is None
         return Path(self.database).absolute().parent if is_file else Path(tempfile.gettempdir())
@@ -1080,10 +1080,10 @@ WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
 # The same as lines of a batch.
 LINES, DETAILED_LINES = ANSWERS.replace("body", "line"), DETAILS.replace("body", "line")
 
-# A temporary view would be known to one connection only.
+# As a temporary view it would be known to one connection only. Without comments there is less to send.
+VIEW = " ".join(re.sub("--.*", "", VIEW).split()).rstrip(";")
 ANSWERS, DETAILS, LINES, DETAILED_LINES = [
-    f"WITH answers AS ({VIEW.rstrip().rstrip(';')}){statement}"
-    for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
+    f"WITH answers AS ({VIEW}){statement}" for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
 ]
 
 RECORDS = f"""
@@ -1174,7 +1174,7 @@ def upgrade(name: str, application: int, version: int, objects: int) -> str:
 
     Raises StartupError if the database is a newer one or not ours."""
     if application != APPLICATION_ID and (application or version or objects):
-        raise StartupError(f"VINCACHE_DATABASE: {name} is an SQLite database, but not one of vincache's")
+        raise StartupError(f"VINCACHE_DATABASE: {name} is a database, but not one of vincache's")
     if version > SCHEMA_VERSION:
         raise StartupError(f"VINCACHE_DATABASE: {name} was made by a newer vincache (schema {version})")
     if application != APPLICATION_ID or version == SCHEMA_VERSION:
@@ -1441,7 +1441,7 @@ class FileStore:
 
     @asynccontextmanager
     async def copy(self) -> AsyncIterator[str]:
-        """The URI of the file itself. Raises StoreFault."""
+        """The URI of a database that may be read by another SQLite library, in another process. Raises StoreFault."""
         try:
             file = await self._current()
         except (sqlite3.Error, OSError, StartupError) as error:
@@ -1543,8 +1543,7 @@ class ClusterStore:
             except Refused as fault:
                 raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
             except StoreFault as fault:
-                self._closed = str(fault)
-                log.warning("cache not opened (%s): %s; it will be as soon as that is possible", fault, self._hosts)
+                self._closed = str(fault)  # the first statement tells of it
             await resources.enter_async_context(background(self._watch()))
             self._resources = resources.pop_all()
         return self
@@ -1660,8 +1659,9 @@ class ClusterStore:
                 if response.status != 200:
                     raise NoAnswer("no leader" if response.status == 503 else f"status {response.status}")
                 told = json.loads(await response.read())
-        except aiohttp.ClientConnectorError:
-            raise NoAnswer("not reached", got=False) from None
+        except aiohttp.ClientConnectorError as error:
+            why = "not trusted" if isinstance(error, aiohttp.ClientSSLError) else "not reached"
+            raise NoAnswer(why, got=False) from None
         except aiohttp.ClientError:
             raise NoAnswer("broken off") from None
         except ValueError:
@@ -1676,16 +1676,17 @@ class ClusterStore:
         try:
             with tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True) as folder:
                 backup = Path(folder, "backup.db")
+                await self._ask("query?level=weak", [[OWNER]], self._patience)  # of a node that hangs it knows sooner
                 await self._back_up(backup)
                 yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
         except OSError as error:
             raise StoreFault(reason(error)) from error
 
     async def _back_up(self, path: Path) -> None:
-        started = asyncio.get_running_loop().time()
+        deadline = asyncio.get_running_loop().time() + BACKUP_PATIENCE
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CLUSTER_ATTEMPT, sock_read=BACKUP_PATIENCE)
         while True:
-            node, patience = self._nodes[0], self._patience
+            node = self._nodes[0]
             try:
                 async with self._session.get(f"{node}/db/backup", timeout=timeout) as response:
                     if response.status == 200:
@@ -1695,12 +1696,10 @@ class ClusterStore:
                         return
                     if response.status == 401:
                         raise Refused("user or password refused, or without the right to backup")
-                    why = f"no backup, status {response.status}"
-                    if response.status == 500:  # it makes one for somebody else
-                        patience = BACKUP_PATIENCE
+                    why = f"no backup, status {response.status}"  # 500 where it makes one for somebody else
             except (aiohttp.ClientError, TimeoutError) as error:
                 why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
-            if not await self._go_on(node, started + patience):
+            if not await self._go_on(node, deadline):
                 raise StoreFault(why)
 
     async def doubt(self, cause: str) -> None:
@@ -3694,7 +3693,7 @@ async def received(request: Request) -> AsyncIterator[Fleet]:
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
-        async with receiving(request.stream(), request.state.settings.folder, kind) as fleet:
+        async with receiving(request.stream(), request.state.settings.upload_folder, kind) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None
