@@ -1771,13 +1771,13 @@ class Cache:
         self._no_fault("written")
         return rows
 
-    async def hit(self, question: Question) -> Answer | None:
+    def hit(self, question: Question) -> asyncio.Future[Answer | None]:
         """What is cached, or None. Who comes while a statement is under way shares the next one."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._asked.append((question, answer))
         if self._answering is None:
             self._answering = asyncio.create_task(self._answer())
-        return await answer
+        return answer
 
     async def _answer(self) -> None:
         asked, self._asked = self._asked, []
@@ -3212,6 +3212,7 @@ class Doors:
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
         self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
+        self.guarded = self.locked | self.limits.keys()
 
     async def enter(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
@@ -3354,14 +3355,13 @@ class Front:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif origins := scope["state"]["settings"].cors_origins:  # known since the start only, as is what to make of it
+            return self._app(scope, receive, send)
+        if origins := scope["state"]["settings"].cors_origins:  # known since the start only, as is what to make of it
             cors = CORSMiddleware(self._enter, [origin.strip() for origin in origins.split(",")], **CORS)
-            await cors(scope, receive, send)
-        else:
-            await self._enter(scope, receive, send)
+            return cors(scope, receive, send)
+        return self._enter(scope, receive, send)
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope["root_path"])
@@ -3371,8 +3371,9 @@ class Front:
         method, tag = scope["method"], TAGS.get(path[1:].partition("/")[0])
         answer = self._app
         try:
-            if tag and method != "OPTIONS":  # it tells no more than /docs, and browsers ask it without a key
-                await scope["state"]["doors"].enter(scope, tag)
+            doors: Doors = scope["state"]["doors"]
+            if tag in doors.guarded and method != "OPTIONS":  # that is no more than /docs, and browsers have no key yet
+                await doors.enter(scope, tag)
             if tag == "lookup" and method in ("GET", "HEAD"):
                 canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
                 if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):

@@ -1,8 +1,9 @@
 """The tests of vincache: first the life of a VIN, then one room after the other, in the order of main.py.
 
-Real: the SQLite files, HTTP on both sides, the exporting process, and, where a test is about processes, uvicorn with
-real signals. Played: vPIC alone, by `PlayedVpic`, a server on loopback that answers with real data (of the package
-ultravin) in vPIC's own form, and misbehaves on demand. No test reaches any address but loopback.
+Real: the SQLite files, the nodes of rqlite, HTTP on both sides, the exporting process, the browser, and, where a test
+is about processes, uvicorn with real signals. Played: vPIC alone, by `PlayedVpic`, a server on loopback that answers
+with real data (of the package ultravin) in vPIC's own form, and misbehaves on demand. No test reaches any address but
+loopback.
 """
 
 import asyncio
