@@ -1523,7 +1523,7 @@ class ClusterStore:
         self._patience: float = CLUSTER_PATIENCE
         self._closed = "it is not open"  # why it is; empty: it is open
         self._opening: asyncio.Task[None] | None = None
-        self._writes: set[asyncio.Task[Rows]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._resources = AsyncExitStack()
 
     async def __aenter__(self) -> "ClusterStore":
@@ -1544,13 +1544,16 @@ class ClusterStore:
                 raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
             except StoreFault as fault:
                 self._closed = str(fault)  # the first statement tells of it
+            resources.push_async_callback(self._finish)
             await resources.enter_async_context(background(self._watch()))
             self._resources = resources.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(*self._writes, return_exceptions=True)
         await self._resources.aclose()
+
+    async def _finish(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _open(self, patience: float) -> None:
         for last in (False, True):
@@ -1579,7 +1582,7 @@ class ClusterStore:
         """Wait until it is open; who comes meanwhile shares the attempt. Raises StoreFault."""
         if self._closed:
             if self._opening is None or self._opening.done():
-                self._opening = asyncio.create_task(self._open_again())
+                self._opening = self._begin(self._open_again())
             await asyncio.wait([self._opening])
             if self._closed:
                 raise StoreFault(self._closed)
@@ -1596,6 +1599,8 @@ class ClusterStore:
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, as the leader has them. Raises StoreFault."""
+        if self._closed:
+            raise StoreFault(self._closed)
         given = [parameters] if isinstance(parameters, dict) else parameters
         [rows], _ = await self._ask("query?level=weak", [[statement, *given]], self._patience)
         return rows
@@ -1605,10 +1610,14 @@ class ClusterStore:
 
         Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
         breaks nothing off."""
-        writing = asyncio.create_task(self._write(statement, parameters))
-        self._writes.add(writing)
-        writing.add_done_callback(self._writes.discard)
-        return await asyncio.shield(writing)
+        return await asyncio.shield(self._begin(self._write(statement, parameters)))
+
+    def _begin(self, work: Coroutine[Any, Any, Taken]) -> asyncio.Task[Taken]:
+        """A task that is done before the store is closed."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _write(self, statement: str, parameters: Sequence[Any]) -> Rows:
         await self._opened()
@@ -1666,21 +1675,22 @@ class ClusterStore:
             raise NoAnswer("broken off") from None
         except ValueError:
             raise NoAnswer("no JSON") from None
-        if "error" in told or not told["results"]:  # the cluster's own
+        if not isinstance(told, dict) or "error" in told or not told.get("results"):  # the cluster's own error
             raise NoAnswer("not agreed")
         return cast(list[Result], told["results"])
 
     @asynccontextmanager
     async def copy(self) -> AsyncIterator[str]:
         """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
+        await self._ask("query?level=weak", [[OWNER]], self._patience)  # of a node that hangs it knows sooner
         try:
-            with tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True) as folder:
-                backup = Path(folder, "backup.db")
-                await self._ask("query?level=weak", [[OWNER]], self._patience)  # of a node that hangs it knows sooner
-                await self._back_up(backup)
-                yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
+            temporary = tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True)
         except OSError as error:
             raise StoreFault(reason(error)) from error
+        with temporary as folder:
+            backup = Path(folder, "backup.db")
+            await self._back_up(backup)
+            yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
 
     async def _back_up(self, path: Path) -> None:
         deadline = asyncio.get_running_loop().time() + BACKUP_PATIENCE
@@ -1688,7 +1698,7 @@ class ClusterStore:
         while True:
             node = self._nodes[0]
             try:
-                async with self._session.get(f"{node}/db/backup", timeout=timeout) as response:
+                async with self._session.get(f"{node}/db/backup", timeout=timeout, allow_redirects=False) as response:
                     if response.status == 200:
                         with path.open("wb") as file:
                             async for piece in response.content.iter_any():
@@ -1699,6 +1709,8 @@ class ClusterStore:
                     why = f"no backup, status {response.status}"  # 500 where it makes one for somebody else
             except (aiohttp.ClientError, TimeoutError) as error:
                 why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
+            except OSError as error:  # of our disk
+                raise StoreFault(reason(error)) from error
             if not await self._go_on(node, deadline):
                 raise StoreFault(why)
 

@@ -2347,6 +2347,19 @@ async def test_a_cluster_is_spoken_to_by_tls(
     assert "cannot be read: not trusted" in (await ask(f"{distrusting.url}/readyz"))[1]["cache"]
 
 
+async def test_an_export_that_finds_no_room_is_503(
+    start: Start, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The backup has nowhere to go: the log says so, and the next export is as good as any."""
+    async with start(database=cluster.url()) as service:
+        await service.lookup(TRUCK)
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+            assert (await service.get("/export"))[0] == 503
+        assert logged(caplog, "^export failed") == ["export failed: No such file or directory"]
+        assert [*(await read_export(service))["vin"]] == [TRUCK]
+
+
 Before = Callable[[web.Request, str], Awaitable[web.StreamResponse | None]]
 
 
