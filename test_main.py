@@ -2033,8 +2033,9 @@ def database(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Datab
 @asynccontextmanager
 async def opened_store(setting: str) -> AsyncIterator[main.Store]:
     with environment(database=setting):
-        async with main.open_store(main.read_settings()) as store:
-            yield store
+        settings = main.read_settings()
+    async with main.open_store(settings) as store:
+        yield store
 
 
 def record(vin: str = TRUCK, year: str = "", **changed: Any) -> main.Record:
