@@ -354,6 +354,9 @@ def normalize_vin(given: str) -> str:
     return vin.upper()
 
 
+is_normal = re.compile("[0-9A-Z]{17}").fullmatch  # a VIN as `normalize_vin` returns it
+
+
 def last_model_year() -> int:
     return datetime.now(UTC).year + 2  # model years run ahead of the calendar
 
@@ -1061,29 +1064,30 @@ DROP TABLE guard;
 
 # CROSS JOIN makes SQLite go through the questions asked and look each up, never the other way round. What expired no
 # longer ago than the grace is an answer too, but not a fresh one; of a stand-in's word it is none.
-ANSWERS = """
-SELECT asked.value, status, body, iif(expires_at > :now, 'hit', 'stale'), fetched_at, fresh_until
+ASKED = """
 FROM json_each(:questions) AS asked
 CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
-WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
+"""
+TOLD = "WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)"
+OUTCOME = "iif(expires_at > :now, 'hit', 'stale')"
+IN_DETAIL = "CROSS JOIN attributes USING (vin, model_year_asked)"
+
+ANSWERS = f"SELECT asked.value, status, body, {OUTCOME}, fetched_at, fresh_until {ASKED} {TOLD}"
+DETAILS = f"""
+SELECT asked.value, status, json_set(body, '$.attributes', json(attributes)), {OUTCOME}, fetched_at, fresh_until
+{ASKED} {IN_DETAIL} {TOLD}
 """
 
-DETAILS = """
-SELECT asked.value, status, json_set(body, '$.attributes', json(attributes)), iif(expires_at > :now, 'hit', 'stale'),
-       fetched_at, fresh_until
-FROM json_each(:questions) AS asked
-CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
-CROSS JOIN attributes USING (vin, model_year_asked)
-WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)
+# The same for batches.
+LINES = f"SELECT asked.value, line, {OUTCOME} {ASKED} {TOLD}"
+DETAILED_LINES = f"""
+SELECT asked.value, json_set(line, '$.attributes', json(attributes)), {OUTCOME} {ASKED} {IN_DETAIL} {TOLD}
 """
-
-# The same as lines of a batch.
-LINES, DETAILED_LINES = ANSWERS.replace("body", "line"), DETAILS.replace("body", "line")
 
 # As a temporary view it would be known to one connection only. Without comments there is less to send.
 VIEW = " ".join(re.sub("--.*", "", VIEW).split()).rstrip(";")
 ANSWERS, DETAILS, LINES, DETAILED_LINES = [
-    f"WITH answers AS ({VIEW}){statement}" for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
+    f"WITH answers AS ({VIEW}) {statement}" for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
 ]
 
 RECORDS = f"""
@@ -1804,16 +1808,18 @@ class Cache:
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
         """What is cached of these, with `attributes` if details are asked for and there."""
-        return await self._cached(DETAILS if details else ANSWERS, questions)
-
-    async def lines(self, questions: Sequence[Question], details: bool) -> dict[Question, Answer]:
-        """The same, as lines of a batch."""
-        return await self._cached(DETAILED_LINES if details else LINES, questions)
-
-    async def _cached(self, statement: str, questions: Sequence[Question]) -> dict[Question, Answer]:
-        parameters = {"questions": json.dumps(questions), "now": time.time(), "grace": self._grace}
-        rows = await self._read(statement, parameters)
+        rows = await self._cached(DETAILS if details else ANSWERS, questions)
         return {row[0]: Answer._make(row[1:]) for row in rows}
+
+    async def lines(self, questions: Sequence[Question], details: bool) -> dict[Question, tuple[str, str]]:
+        """The same for batches: the line, and its outcome (hit or stale)."""
+        rows = await self._cached(DETAILED_LINES if details else LINES, questions)
+        return {question: (line, outcome) for question, line, outcome in rows}
+
+    async def _cached(self, statement: str, questions: Sequence[Question]) -> Rows:
+        return await self._read(
+            statement, {"questions": json.dumps(questions), "now": time.time(), "grace": self._grace}
+        )
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
         """The rows of those that have one, fresh or not; and of all, which removal was the last of its VIN."""
@@ -2620,7 +2626,11 @@ class Lookups:
         self._counter.batches.append(line)
         try:
             async for rows in windows:
-                ahead += await self._look_up(rows, details, line)
+                told, waiting = await self._look_up(rows, details, line)
+                if not ahead and not waiting:
+                    yield told
+                    continue
+                ahead += [waiting.get(index, text) for index, text in enumerate(told)]
                 while ahead and (is_known(ahead[0]) or len(ahead) > AHEAD):
                     yield await self._next_lines(ahead, details)
             while ahead:
@@ -2646,24 +2656,34 @@ class Lookups:
             lines.append(ticket)
         return lines
 
-    async def _look_up(self, rows: Sequence[Row], details: bool, line: Line) -> list[str | Ticket]:
-        """For each row its line, if it can be told, or else its ticket."""
+    async def _look_up(self, rows: Sequence[Row], details: bool, line: Line) -> tuple[list[str], dict[int, Ticket]]:
+        """For each row its line, if it can be told; and the tickets of the others, by their place."""
         asked: list[Question] = []
-        found: list[str | Ticket] = []  # empty for now, or what is wrong with the row
-        for row in rows:
+        refused: dict[int, str] = {}
+        for index, (vin, model_year, _) in enumerate(rows):
+            if not model_year and is_normal(vin):  # most are, and need no more
+                asked.append(vin)
+                continue
             try:
-                asked.append(ask(normalize_vin(row.vin), normalize_model_year(row.model_year)))
-                found.append("")
+                asked.append(ask(normalize_vin(vin), normalize_model_year(model_year)))
             except PydanticCustomError as error:
                 asked.append("")
-                found.append(refusal(422, row.vin, error.message(), details))
+                refused[index] = refusal(422, vin, error.message(), details)
         cached = await self._cache.lines(asked, details)
+        told, outcomes, waiting = list[str](), list[str](), dict[int, Ticket]()
         for index, question in enumerate(asked):
-            if answer := cached.get(question):
-                found[index] = self._serve(question, answer).body
-            elif question:
-                found[index] = await self._join(question, details, line)
-        return found
+            text, outcome = cached.get(question) or (refused.get(index, ""), "")
+            told.append(text)
+            if outcome:
+                outcomes.append(outcome)
+            if outcome == "stale":
+                self._refresh(question)
+            elif not text:
+                waiting[index] = await self._join(question, details, line)
+        for outcome in ("hit", "stale"):
+            if times := outcomes.count(outcome):
+                lookups_counter.add(times, {"outcome": outcome})
+        return told, waiting
 
 
 def is_known(ticket: str | Ticket) -> bool:
@@ -2886,10 +2906,12 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
                 file.close()
 
 
-async def in_windows(rows: Iterator[Row], kept: "deque[Row] | None" = None) -> AsyncIterator[list[Row]]:
+async def in_windows(
+    rows: Iterator[Row], from_disk: bool, kept: "deque[Row] | None" = None
+) -> AsyncIterator[list[Row]]:
     """The rows, some at a time; `kept` gets them too, where they are needed for CSV."""
     size = WINDOW if kept is None else WINDOW // 2  # a line of CSV takes twice as long
-    while window := await asyncio.to_thread(lambda: [*islice(rows, size)]):
+    while window := await asyncio.to_thread(list, islice(rows, size)) if from_disk else [*islice(rows, size)]:
         if kept is not None:
             kept.extend(window)
         yield window
@@ -3717,7 +3739,7 @@ async def lookup_file(
 ) -> StreamingResponse:
     """Decode a file of VINs: a list, or CSV, whose columns come back with ours behind them."""
     count = 0
-    async for window in in_windows(fleet.rows()):
+    async for window in in_windows(fleet.rows(), from_disk=True):
         count += len(window)
     return await tell_lines(request, fleet.rows(), count, details, fleet.form, fleet)
 
@@ -3741,7 +3763,7 @@ async def tell_lines(
     form = next((name for name in accepted if name in (CSV, JSONL)), form)
     kept = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
-    lines = noting(request.state.lookups.batch(in_windows(rows, kept), details), count, client)
+    lines = noting(request.state.lookups.batch(in_windows(rows, fleet is not None, kept), details), count, client)
     told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, details)
     return StreamingResponse(told, headers={"X-Total-Count": str(count)}, media_type=form)
 
