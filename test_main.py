@@ -1953,7 +1953,11 @@ class Cluster:
 
     def sql(self, *statements: str) -> list[tuple[Any, ...]]:
         """Carry statements out, behind the service's back; the rows of the last one."""
-        status, body = self.ask(min(self.processes), "POST", "/db/request?level=strong&transaction", statements)
+        for _ in range(100):
+            status, body = self.ask(min(self.processes), "POST", "/db/request?level=strong&transaction", statements)
+            if status != 503:  # an election, on a machine that has much to do
+                break
+            time.sleep(0.05)
         results = json.loads(body)["results"]
         assert (status, [result for result in results if "error" in result]) == (200, [])
         return [*map(tuple, results[-1].get("values", []))]
@@ -1976,7 +1980,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for _ in range(200):
             if cluster.is_ready():
                 break
-            signal.sigtimedwait([], 0.05)
+            time.sleep(0.05)
         yield cluster
     finally:
         cluster.end()
@@ -2069,7 +2073,8 @@ async def test_rows_come_back_as_they_were_stored(database: Database) -> None:
                 answer, expected = answers[row.question], row.answer("hit", details)
                 assert answer._replace(body="") == expected._replace(body="")
                 assert json.loads(answer.body) == json.loads(expected.body)
-                assert json.loads(lines[row.question].body) == json.loads(row.line("hit", details))
+                line, outcome = lines[row.question]
+                assert (json.loads(line), outcome) == (json.loads(row.line("hit", details)), "hit")
         assert await asyncio.gather(*map(cache.hit, questions)) == [*(await cache.answers(questions)).values()]
         await cache.store([(record(year="1994"), None)])
         assert (await cache.records([asked.question]))[0] == {asked.question: record(year="1994")}
