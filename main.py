@@ -8,7 +8,7 @@ The journey of a VIN:
   5. `_fly` asks vPIC for those who board together; `Vpic.decode` has the retries, the rate and the breaker.
   6. If vPIC can't be used, `_fall_back` serves the expired row, else `decode_offline`'s word, else the failure.
   7. `Cache.store` keeps what is new, and the caller gets its `Answer`.
-A batch is many such journeys, told in order; `Fleet` reads them from an uploaded file, and `told_as_csv` writes their
+A batch is many such journeys, told in order; `Fleet` reads them from an uploaded file, and `as_csv` writes their
 answers beside the columns that came. An export is one look at the whole table, by a process of its own.
 
 Glossary:
