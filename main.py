@@ -1738,6 +1738,9 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
     return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
 
 
+FEW = 16  # hits for which a statement may wait for others: in a crowd turns are long, and it has enough
+
+
 class Cache:
     """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
 
@@ -1795,11 +1798,10 @@ class Cache:
             self._answering = asyncio.create_task(self._answer())
         return answer
 
-    async def _answer(self) -> None:
-        # Two turns of the loop, no timer: who was told just now is answered first, and who comes meanwhile shares this
-        # statement, too. That is worth a fifth.
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+    async def _answer(self, turns: int = 0) -> None:
+        for _ in range(turns):
+            if len(self._asked) < FEW:
+                await asyncio.sleep(0)
         asked, self._asked = self._asked, []
         found: dict[Question, Answer] = {}
         try:
@@ -1808,7 +1810,9 @@ class Cache:
             for question, answer in asked:
                 if not answer.done():  # else its caller has left
                     answer.set_result(found.get(question))
-            self._answering = asyncio.create_task(self._answer()) if self._asked else None
+            # Two turns of the loop, no timer: who was told just now is answered first, and who comes meanwhile shares
+            # the next statement, too. That is worth a fifth.
+            self._answering = asyncio.create_task(self._answer(turns=2)) if self._asked else None
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
         """What is cached of these, with `attributes` if details are asked for and there."""
