@@ -736,6 +736,7 @@ BAD_STARTS = {
     "a typo": ({"api_keys": "SECRET"}, "VINCACHE_API_KEYS is no setting (did you mean API_KEY?)"),
     "unknown storage": ({"rate_storage": "async+abacus://u:SECRET@host"}, "VINCACHE_RATE_STORAGE"),
     "blocking storage": ({"rate_storage": "memory://"}, "VINCACHE_RATE_STORAGE"),
+    "cluster's bad URL": ({"database": "rqlte://u:SECRET@db1"}, "VINCACHE_DATABASE: neither a path nor like rqlite://"),
     "storage's bad URL": ({"rate_storage": "async+redis://:SECRET@host:99999"}, "VINCACHE_RATE_STORAGE"),
     "storage's odd option": ({"rate_storage": "async+redis://:SECRET@127.0.0.1:1/?foo=1"}, "VINCACHE_RATE_STORAGE"),
     "database in no directory": ({"database": "nowhere/cache.db"}, "VINCACHE_DATABASE"),
