@@ -374,6 +374,8 @@ def normalize_model_year(given: object) -> str:
     return year
 
 
+EXAMPLE = "1XPWD40X1ED215307"
+
 EDGE = "".join(f"\\u{ord(char):04x}" for char in EDGES)  # as a regular expression has it
 
 Vin = Annotated[
@@ -385,7 +387,7 @@ Vin = Annotated[
             "description": "17 ASCII letters and digits; case is folded, blanks and invisible characters around it go",
             # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
             "anyOf": [{"type": "string", "pattern": f"^[{EDGE}]*[0-9A-Za-z]{{17}}[{EDGE}]*$"}],
-            "example": "1XPWD40X1ED215307",  # `examples` would not fill the field there
+            "example": EXAMPLE,  # `examples` would not fill the field there
         }
     ),
 ]
@@ -506,11 +508,12 @@ class BatchBody(Body):
     """The body of a batch: VINs as strings, or as objects where a model year is known."""
 
     vins: Annotated[list[Item], FailFast(), BeforeValidator(few_faults)] = Field(
-        examples=[["1XPWD40X1ED215307", {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]]
+        examples=[[EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]]
     )
     details: StrictBool = Field(False, description="With all that vPIC says, as `attributes` of each line")
 
     def rows(self) -> Iterator[Row]:
+        """Its lines."""
         for item in self.vins:
             yield Row(item) if isinstance(item, str) else Row(item.vin, item.model_year)
 
@@ -518,7 +521,7 @@ class BatchBody(Body):
 class Vehicle(BaseModel):
     """A decoded VIN. Empty where vPIC has no data; `error_*` has its warnings, a wrong check digit included."""
 
-    vin: str = Field(examples=["1XPWD40X1ED215307"])
+    vin: str = Field(examples=[EXAMPLE])
     make: str = Field(examples=["PETERBILT"])
     model: str = Field(examples=["388"])
     model_year: str = Field(examples=["2014"])
@@ -557,7 +560,7 @@ class Undecodable(BaseModel):
 class Removed(BaseModel):
     """`cache_delete_success` is false if the cache held no row for the VIN."""
 
-    vin: str = Field(examples=["1XPWD40X1ED215307"])
+    vin: str = Field(examples=[EXAMPLE])
     cache_delete_success: bool
 
 
@@ -582,7 +585,7 @@ class Problem(BaseModel):
 class VinProblem(Problem):
     """vPIC can't be used, nor anything in its place."""
 
-    vin: str = Field(examples=["1XPWD40X1ED215307"])
+    vin: str = Field(examples=[EXAMPLE])
 
 
 class Fault(BaseModel):
@@ -652,19 +655,27 @@ class Record(NamedTuple):
     def question(self) -> Question:
         return ask(self.vin, self.model_year_asked)
 
-    def answer(self, outcome: str, details: bool) -> Answer:
-        """The answer with this record; `schema.sql` has its like for hits."""
+    @property
+    def status(self) -> int:
+        return 200 if self.decoded else 404
+
+    def told(self, outcome: str) -> Vehicle | Undecodable:
+        """What there is to tell; `schema.sql` has its like for hits."""
         told = self._asdict() | {"cached_result": outcome in ("hit", "stale"), "fetched_at": utc(self.fetched_at)}
         told["attributes"] = json.loads(self.attributes or "{}")
         model: type[Vehicle | Undecodable] = Vehicle if self.decoded else Undecodable
-        body = model.model_validate(told).model_dump_json(exclude=None if details else {"attributes"})
+        return model.model_validate(told)
+
+    def answer(self, outcome: str, details: bool) -> Answer:
+        """The answer of a lookup with this record."""
+        body = self.told(outcome).model_dump_json(exclude=None if details else {"attributes"})
         fresh_until = self.expires_at if self.source == "vpic" and outcome != "stale" else 0
-        return Answer(200 if self.decoded else 404, body, outcome, self.fetched_at, fresh_until)
+        return Answer(self.status, body, outcome, self.fetched_at, fresh_until)
 
     def line(self, outcome: str, details: bool) -> str:
-        """The line of a batch with this record; `schema.sql` has its like for hits."""
-        answer = self.answer(outcome, details)
-        return line(answer.status, json.loads(answer.body), details)
+        """The line of a batch with this record."""
+        told = self.told(outcome).model_dump(exclude=None if details else {"attributes"})
+        return batch_line(self.status, told, details)
 
 
 COLUMNS = Record._fields[:-1]
@@ -674,7 +685,7 @@ LINE: dict[str, Any] = dict.fromkeys(["status", *Vehicle.model_fields, "detail"]
 del LINE["attributes"]  # the last one, with details only
 
 
-def line(status: int, told: dict[str, Any], details: bool) -> str:
+def batch_line(status: int, told: dict[str, Any], details: bool) -> str:
     """A line of a batch as JSON text: an HTTP status, and what there is to tell of a VIN."""
     every = LINE | ({"attributes": {}} if details else {})
     return json.dumps(every | told | {"status": status}, separators=(",", ":"))
@@ -2707,7 +2718,7 @@ def count(landing: Landing) -> None:
 
 
 def refusal(status: int, vin: str, detail: str, details: bool) -> str:
-    return line(status, {"vin": vin, "detail": detail}, details)
+    return batch_line(status, {"vin": vin, "detail": detail}, details)
 
 
 def tell(question: Question, landing: Landing, details: bool) -> str:
@@ -3231,14 +3242,15 @@ class Exporter:
 
 # ======================================================================================================================
 # Doors: who may come in, how often, and with how much. They stand before FastAPI takes the request apart: 401, then
-# 429, then 413, then 422.
+# 429, then 413 or 415, then 422.
 # ======================================================================================================================
 
 Tag = Literal["lookup", "remove", "export", "metrics"]  # what a request is about: the first part of its path
 
 BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
 
-API_KEY = APIKeyHeader(name="X-API-Key", auto_error=False, description="One of the keys that the operator has set")
+KEY_HEADER = "X-API-Key"
+API_KEY = APIKeyHeader(name=KEY_HEADER, auto_error=False, description="One of the keys that the operator has set")
 
 
 class Doors:
@@ -3259,7 +3271,7 @@ class Doors:
     async def enter(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
         if tag in self.locked:
-            given = Headers(scope=scope).get(API_KEY.model.name, "").encode("latin-1")
+            given = Headers(scope=scope).get(KEY_HEADER, "").encode("latin-1")
             # All are compared, as bytes and in constant time: the time taken tells nothing.
             if not any([hmac.compare_digest(given, key) for key in self._keys]):
                 raise API_KEY.make_not_authenticated_error()
@@ -3374,7 +3386,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
 
 # ======================================================================================================================
 # Front: what happens before FastAPI. It is one ASGI middleware, inside FastAPI's telemetry: the prefix is taken off the
-# path, the doors are passed, a cached VIN is answered; everything else is for the routes.
+# path, the doors are passed, a cached VIN is answered, and so is what the routes have no answer for: OPTIONS, a method
+# that a path does not have, an address with a slash too many. Everything else is for the routes.
 # ======================================================================================================================
 
 PREFIX = "/api/v1"
@@ -3414,7 +3427,8 @@ class Front:
         answer = self._app
         try:
             doors: Doors = scope["state"]["doors"]
-            if tag in doors.guarded and method != "OPTIONS":  # that is no more than /docs, and browsers have no key yet
+            # OPTIONS tells no more than /docs, and browsers send it without a key.
+            if tag in doors.guarded and method != "OPTIONS":
                 await doors.enter(scope, tag)
             if tag == "lookup" and method in ("GET", "HEAD"):
                 canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
@@ -3435,7 +3449,7 @@ class Front:
 
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
-    "allow_headers": ["X-API-Key", "If-None-Match", "Range"],
+    "allow_headers": [KEY_HEADER, "If-None-Match", "Range"],
     "expose_headers": [
         "Age",
         "Content-Disposition",
@@ -3495,7 +3509,7 @@ def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes
     control = b"max-age=%d" % min(settings.max_age, fresh_until - now) if settings.max_age else b"no-cache"
     if settings.private:  # nobody else's cache may have it, nor the browser's of who comes without the key
         control = b"private, " + control
-        headers.append((b"vary", b"X-API-Key"))
+        headers.append((b"vary", KEY_HEADER.encode()))
     headers.append((b"cache-control", control))
     if status == 200 and scope["method"] != "POST":
         # Where two bodies have one checksum, they are not of the same second.
@@ -3503,7 +3517,7 @@ def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes
         headers.append((b"etag", etag))
         for name, value in scope["headers"]:
             if name == b"if-none-match" and (etag in value or value == b"*"):
-                return 304, headers[2:], b""
+                return 304, headers[2:], b""  # without the type and the length
     return status, headers, body
 
 
@@ -3534,8 +3548,6 @@ def problem(description: str, detail: str, **fields: str) -> dict[str, Any]:
     content = {"application/json": {"example": example}}
     return {"model": VinProblem if fields else Problem, "description": description, "content": content}
 
-
-EXAMPLE = "1XPWD40X1ED215307"
 
 # With the limits' numbers where `described` knows them.
 KEY: Told = {401: problem("No key, or a wrong one", "Not authenticated")}
@@ -3575,10 +3587,7 @@ LINES_SENT: Told = {
         # The first is what /docs asks for, which can't show the other.
         "content": {
             CSV: {"schema": {"type": "string"}, "example": "vin,decoded_status,decoded_vin,decoded_make\r\n"},
-            JSONL: {
-                "schema": {"type": "string"},
-                "example": '{"status": 200, "vin": "1XPWD40X1ED215307", "make": ...}',
-            },
+            JSONL: {"schema": {"type": "string"}, "example": f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}'},
         },
         "description": "One line per VIN, in the order given: `status`, what /lookup answers, and an error's `detail`."
         " CSV is answered in CSV, all else in JSON Lines, unless `Accept` names the other; X-Total-Count has the lines",

@@ -3894,12 +3894,12 @@ FLEET = f"{TRUCK}\n{FIRE_ENGINE},1994\n"
 FLEET_YEARS = [(TRUCK, "2014"), (FIRE_ENGINE, "1994")]
 
 
-async def upload(service: Service, content: Any, kind: str | None = FORM, path: str = "", **headers: str) -> Any:
+async def upload(
+    service: Service, content: Any, kind: str | None = FORM, path: str = "/lookup/batch", **headers: str
+) -> Any:
     """Status, body and headers of the answer to a file; `kind` is what it is said to be."""
     headers |= {"Content-Type": kind} if kind else {}
-    return await service.ask(
-        "POST", f"/lookup/batch{path}", data=content, headers=headers, skip_auto_headers=["Content-Type"]
-    )
+    return await service.ask("POST", path, data=content, headers=headers, skip_auto_headers=["Content-Type"])
 
 
 def sheet(content: str, separator: str = ",") -> list[dict[str, str]]:
@@ -3937,13 +3937,7 @@ LISTS = {
 async def test_a_list_of_vins_is_answered_in_json_lines(service: Service, kind: str | None, content: bytes) -> None:
     """One VIN a line, the model year after a comma, however it was saved and whatever it is said to be."""
     for prefix in PREFIXES:
-        status, body, headers = await service.ask(
-            "POST",
-            f"{prefix}/lookup/batch",
-            data=content,
-            headers={"Content-Type": kind} if kind else {},
-            skip_auto_headers=["Content-Type"],
-        )
+        status, body, headers = await upload(service, content, kind, f"{prefix}/lookup/batch")
         assert (status, headers["Content-Type"], headers["X-Total-Count"]) == (200, "application/jsonl", "2")
         lines = [json.loads(line) for line in body.splitlines()]
         assert [(line["vin"], line["model_year"]) for line in lines] == FLEET_YEARS
@@ -4095,12 +4089,12 @@ async def test_accept_chooses_the_form_of_the_answer(service: Service) -> None:
 
 async def test_details_are_a_column(service: Service) -> None:
     """As JSON text, which is empty where there are none; and a parameter that is not known is refused."""
-    _, body, _ = await upload(service, SHEET.encode() + b"9,bad,,\n", path="?details=true")
+    _, body, _ = await upload(service, SHEET.encode() + b"9,bad,,\n", path="/lookup/batch?details=true")
     *good, bad = [json.loads(row["decoded_attributes"]) for row in sheet(body.decode())]
     assert ([row["VehicleType"] for row in good], bad) == (["TRUCK", "TRUCK"], {})
-    _, body, _ = await upload(service, FLEET.encode(), path="?details=true")
+    _, body, _ = await upload(service, FLEET.encode(), path="/lookup/batch?details=true")
     assert [json.loads(line)["attributes"] for line in body.splitlines()] == good
-    status, body, _ = await upload(service, FLEET.encode(), path="?detail=true")
+    status, body, _ = await upload(service, FLEET.encode(), path="/lookup/batch?detail=true")
     assert (status, body["detail"][0]["msg"]) == (422, "Unknown parameter: 'detail' (did you mean details?)")
 
 
