@@ -54,6 +54,7 @@ import ultravin
 import uvicorn
 import yarl
 from aiohttp import web
+from limits import RateLimitItemPerSecond
 
 import main
 
@@ -2089,8 +2090,8 @@ async def test_what_was_removed_is_not_put_back(database: Database) -> None:
         cache = main.Cache(store, 0)
         await cache.store([(record(), None), (record(year="1994"), None)])
         assert [await cache.remove(vin) for vin in (TRUCK, TRUCK, OTHER_TRUCK)] == [True, False, False]
-        await store.write(main.REMOVAL, (TRUCK, first := 2**61 + 1))
-        await store.write(main.REMOVAL, (TRUCK, 2**60))
+        await store.write((main.REMOVAL, (TRUCK, first := 2**61 + 1)))
+        await store.write((main.REMOVAL, (TRUCK, 2**60)))
         assert await cache.removal(TRUCK) == first + 1
         for known in (None, first, first + 2):
             await cache.store([(record(), known)])
@@ -2098,6 +2099,21 @@ async def test_what_was_removed_is_not_put_back(database: Database) -> None:
         await cache.store([(record(), first + 1)])
         await cache.store([(record(source="offline"), first + 1)])
         assert database.sql("SELECT vin, source FROM vehicles") == [(TRUCK, "vpic")]
+
+
+@BOTH
+async def test_a_removal_is_one_transaction(database: Database) -> None:
+    """If the row cannot be deleted, the removal is not noted either: nobody reads the one without the other."""
+    async with opened_store(database.setting) as store:
+        cache = main.Cache(store, 0)
+        await cache.store([(record(), None)])
+        await store.write(("CREATE TRIGGER keep BEFORE DELETE ON vehicles BEGIN SELECT RAISE(ABORT, 'kept'); END", ()))
+        with pytest.raises(main.CacheUnavailable):
+            await cache.remove(TRUCK)
+        await store.write(("DROP TRIGGER keep", ()))
+        assert (await cache.removal(TRUCK), database.sql("SELECT vin FROM vehicles")) == (None, [(TRUCK,)])
+        assert await cache.remove(TRUCK) is True
+        assert (await cache.removal(TRUCK) is None, database.sql("SELECT vin FROM vehicles")) == (False, [])
 
 
 @BOTH
@@ -2149,7 +2165,7 @@ async def test_a_writer_that_leaves_breaks_nothing_off(database: Database) -> No
     """What it had begun is carried out, also if the store is closed at once."""
     async with opened_store(database.setting) as store:
         for vin in trucks(20):
-            writing = asyncio.create_task(store.write(main.REMOVAL, (vin, 1)))
+            writing = asyncio.create_task(store.write((main.REMOVAL, (vin, 1))))
             await asyncio.sleep(0)
             writing.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -2162,7 +2178,7 @@ async def test_a_fault_of_sqlites_own_is_told_at_once(database: Database) -> Non
     """It is final, and says what is wrong; the store is as it was."""
     async with opened_store(database.setting) as store:
         for work, why in (
-            (store.write("INSERT INTO removals VALUES ('x', 'y')", ()), "cannot store TEXT value"),
+            (store.write(("INSERT INTO removals VALUES ('x', 'y')", ())), "cannot store TEXT value"),
             (store.read("SELECT naught", ()), "no such column: naught"),
         ):
             with pytest.raises(main.StoreFault, match=why):
@@ -3121,6 +3137,118 @@ async def test_a_batch_that_leaves_cancels_nothing_for_a_lookup(service: Service
     assert vpic.calls == [[TRUCK, OTHER_TRUCK]]
 
 
+# -- Every lookup ends -------------------------------------------------------------------------------------------------
+
+
+async def test_a_batch_that_ends_takes_nothing_from_another(service: Service) -> None:
+    """A batch whose questions are all answered so far gets its turns, although another such batch has ended."""
+    go = asyncio.Event()
+
+    async def windows() -> AsyncIterator[list[main.Row]]:
+        yield [main.Row("bad")]
+        await go.wait()
+        yield [main.Row(vin) for vin in trucks(3)]
+
+    async def read() -> list[str]:
+        return [line async for some in service.state["lookups"].batch(windows(), False) for line in some]
+
+    async with asyncio.timeout(20):
+        longer = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        assert len(await service.batch(["bad"])) == 1
+        go.set()
+        assert len(await longer) == 4
+
+
+async def test_who_asks_after_a_removal_shares_one_new_call(start: Start, vpic: PlayedVpic) -> None:
+    """A VIN is removed while vPIC is asked for it, then many ask for it at once: one more call answers them all."""
+    async with start(offline=False, vpic_timeout=5) as service:
+        go = vpic.holds()
+        before = service.asking([TRUCK])
+        await until(lambda: vpic.calls)
+        await service.delete(f"/remove/{TRUCK}")
+        after = service.asking([TRUCK] * 20)
+        batches = [asyncio.create_task(service.batch([TRUCK])) for _ in range(5)]
+        await until(lambda: len(vpic.calls) == 2)
+        await asyncio.sleep(0.2)  # for the service to have them all
+        go.set()
+        async with asyncio.timeout(20):
+            assert {status for status, _, _ in await asyncio.gather(*before, *after)} == {200}
+            assert {line["status"] for [line] in await asyncio.gather(*batches)} == {200}
+        assert vpic.calls == [[TRUCK]] * 2
+
+
+async def test_a_bug_in_a_call_ends_what_waits_for_it(
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is raised while vPIC is asked, lookups and batches get a clear error, and the VIN is as good as new."""
+
+    def bug(*_: object) -> None:
+        raise RuntimeError("a bug, played")
+
+    async with start(vpic_timeout=5) as service, asyncio.timeout(20):
+        with monkeypatch.context() as patched:
+            patched.setattr(main, "parse", bug)
+            status, body = await service.lookup(TRUCK)
+            assert (status, body["detail"]) == (503, main.BROKEN.detail)
+            assert [line["status"] for line in await service.batch([TRUCK, OTHER_TRUCK])] == [503, 503]
+        assert len(logged(caplog, "lookup failed", logging.ERROR)) == 2
+        assert (await service.lookup(TRUCK))[0] == 200
+
+
+async def test_offline_data_that_fail_are_unknown(
+    start: Start, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ultravin raises, as it does while it is imported without descriptors, vPIC's failure is told."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("Too many open files")
+
+    monkeypatch.setattr(ultravin, "decode", fails)
+    vpic.fault = refuses(403)
+    async with start(vpic_timeout=5) as service, asyncio.timeout(20):
+        assert (await service.lookup(TRUCK))[0] == 503
+        assert [line["status"] for line in await service.batch([TRUCK, OTHER_TRUCK])] == [503, 503]
+        assert logged(caplog, "offline decoding failed: OSError")
+
+
+async def test_a_line_whose_ticket_is_lost_is_told_and_logged(
+    service: Service, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug that loses a ticket costs a minute and a line in the log: the batch does not hang."""
+    monkeypatch.setattr(main, "LOST_S", 0.2)
+    go = vpic.holds()
+    [first] = service.asking([OTHER_TRUCK])
+    await until(lambda: vpic.calls)
+    lookups = service.state["lookups"]
+    lookups._scheduler.free_places = 0  # so that the line waits
+    batch = asyncio.create_task(service.batch([TRUCK]))
+    await until(lambda: TRUCK in lookups._tickets)
+    async with asyncio.timeout(20):
+        lookups._scheduler.batches[0].discard(lookups._tickets[TRUCK])
+        assert [line["status"] for line in await batch] == [503]
+        assert len(logged(caplog, "lost", logging.ERROR)) == 1
+        go.set()
+        assert (await first)[0] == 200
+
+
+async def test_nothing_begins_after_the_end(launch: Launch, vpic: PlayedVpic) -> None:
+    """SIGTERM while refreshes wait for a place at vPIC: none of them is called any more, and there is no traceback."""
+    process = launch(vpic_concurrency=1)
+    async with process.serving(vpic) as service:
+        vins = trucks(200)
+        await service.batch(vins)
+        service.expire(days=1)
+        vpic.calls.clear()
+        vpic.delay = 0.5
+        assert all(await service.were_cached(vins))
+        await until(lambda: vpic.calls)
+    process.signal(signal.SIGTERM)
+    await process.ended()
+    assert len(vpic.calls) == 1
+    assert not re.search("Traceback|Error", process.log.read_text())
+
+
 # -- One deadline ------------------------------------------------------------------------------------------------------
 
 
@@ -3353,6 +3481,39 @@ async def test_refreshes_come_after_everybody_who_waits(start: Start, vpic: Play
         await asyncio.gather(*others, batch)
         await until(lambda: len(vpic.calls) == 4)
         assert vpic.calls == [[OTHER_TRUCK], trucks(1, 10), trucks(2), [TRUCK]]
+
+
+async def test_refreshes_take_turns_with_batches(start: Start, vpic: PlayedVpic) -> None:
+    """Behind a cold fleet a row in its grace is asked anew after one call of each batch, not after the last one."""
+    async with start(vpic_concurrency=1) as service:
+        await service.lookup(TRUCK)
+        service.expire(days=1)
+        vpic.calls.clear()
+        go = vpic.holds()
+        others = service.asking([OTHER_TRUCK])
+        await until(lambda: vpic.calls)
+        batches = [asyncio.create_task(service.batch(trucks(150, first))) for first in (0, 1000)]
+        await asyncio.sleep(0.2)
+        assert (await service.lookup(TRUCK))[1]["cached_result"] is True
+        await asyncio.sleep(0.2)
+        go.set()
+        await asyncio.gather(*others, *batches)
+        assert [len(call) for call in vpic.calls] == [1, 50, 50, 1, 50, 50, 50, 50]
+        assert vpic.calls[3] == [TRUCK]
+
+
+async def test_who_goes_alone_keeps_its_turn(start: Start, vpic: PlayedVpic) -> None:
+    """The VINs of a batch's failed call are asked before the rest of the batch, each by itself."""
+
+    async def chokes(request: web.Request, vins: list[str]) -> web.StreamResponse:
+        return await (says("<html>") if trucks(1, 3)[0] in vins and len(vins) > 1 else answers)(request, vins)
+
+    vpic.fault = chokes
+    async with start(vpic_concurrency=1, offline=False) as service:
+        lines = await service.batch(trucks(120, 0))
+        assert {line["status"] for line in lines} == {200}
+        assert [len(call) for call in vpic.calls] == [50, *[1] * 50, 50, 20]
+        assert vpic.asked[50:100] == trucks(50, 0)
 
 
 async def test_what_was_fetched_together_does_not_end_together(start: Start) -> None:
@@ -3634,7 +3795,7 @@ async def test_vin_missing_from_an_answer_fails_alone(service: Service) -> None:
 
 async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) -> None:
     """With vPIC down, expired rows are served stale and unknown VINs offline, line by line."""
-    async with start(breaker_failures=1) as service:
+    async with start(breaker_failures=1, vpic_batch_timeout=0.001, breaker_seconds=0.2) as service:
         await service.lookup(TRUCK)
         service.expire()
         vpic.fault = refuses(403)
@@ -3642,7 +3803,44 @@ async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) ->
         told = [(line["status"], line["source"], line["cached_result"]) for line in lines]
         assert told == [(200, "vpic", True), (200, "offline", False)]
         assert (unknown["vin"], unknown["status"]) == (UNKNOWN, 503)  # a stand-in never says no
-        assert len(vpic.calls) == 2
+        assert [len(call) for call in vpic.calls] == [1, 3, 1]  # the last one found that vPIC still fails
+
+
+async def test_a_batch_waits_while_vpic_is_left_alone(start: Start, vpic: PlayedVpic) -> None:
+    """A short outage costs a cold batch some time, and no line; lookups are answered meanwhile."""
+    settings = {"breaker_failures": 3, "breaker_seconds": 1, "vpic_concurrency": 4, "offline": False}
+    async with start(**settings) as service:
+        vpic.fault = refuses(403)
+        batch = asyncio.create_task(service.batch(trucks(700)))
+        await until(lambda: not service.state["vpic"].breaker.closed)
+        assert (await service.lookup(TRUCK))[0] == 503
+        vpic.fault = answers
+        assert [(line["vin"], line["status"]) for line in await batch] == [(vin, 200) for vin in trucks(700)]
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["failed", "offline"])
+async def test_a_batch_gives_up_when_vpic_stays_down(
+    start: Start, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture, offline: bool
+) -> None:
+    """Its lines wait for VPIC_BATCH_TIMEOUT and the next failed call, then all are answered without vPIC, and the log
+    sums up."""
+    settings = {"breaker_failures": 2, "breaker_seconds": 0.3, "vpic_batch_timeout": 0.5, "offline": offline}
+    async with start(**settings) as service:
+        vpic.fault = refuses(403)
+        async with asyncio.timeout(20):
+            lines = await service.batch(trucks(700))
+        assert [line["status"] for line in lines] == [200 if offline else 503] * 700
+        assert 3 <= len(vpic.calls) < 30
+        counted = "700 offline" if offline else "700 failed"
+        assert logged(caplog, "^batch") == [f"batch answered in part without vPIC: {counted}"]
+
+
+async def test_a_batch_waits_for_the_rate(start: Start, vpic: PlayedVpic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That our own rate is used up is no failure of vPIC's: lookups are told when to ask again, lines wait."""
+    monkeypatch.setattr(main, "RateLimitItemPerMinute", lambda calls: RateLimitItemPerSecond(calls, 2))
+    async with start(vpic_rate=2, vpic_timeout=1, vpic_batch_timeout=1, offline=False) as service:
+        assert [line["status"] for line in await service.batch(trucks(240))] == [200] * 240
+        assert len(vpic.calls) == 5
 
 
 # -- Model years -------------------------------------------------------------------------------------------------------
