@@ -243,7 +243,9 @@ class Settings(BaseSettings):
 
     vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: no call is made, all is decoded offline
     vpic_timeout: Seconds = 8  # the deadline of one lookup, retries and waiting included
-    vpic_batch_timeout: Seconds = 30  # of one call for 50 VINs, of which vPIC decodes some 20 a second; and how long vPIC
+    vpic_batch_timeout: Seconds = (
+        30  # of one call for 50 VINs, of which vPIC decodes some 20 a second; and how long vPIC
+    )
     # has to fail before the lines of a batch wait for it no longer
     vpic_concurrency: Count = 8  # calls under way at once
     vpic_rate: Count = 1000  # calls in any minute: NHTSA asks for no more
@@ -542,21 +544,10 @@ class Vehicle(BaseModel):
     )
 
 
-class Undecodable(BaseModel):
-    """A VIN that vPIC can't decode: its error 7, or no make."""
+class Undecodable(Vehicle):
+    """A VIN that vPIC can't decode: its error 7, or no make. It has the fields of a decoded one, some of them empty."""
 
     detail: str = "This VIN cannot be decoded; error_text says why."
-    vin: str = Field(examples=["AAAAAAAAAAAAAAAAA"])
-    error_code: str = Field(examples=["1,7,400"])
-    error_text: str = Field(examples=[UNREGISTERED])
-    additional_error_text: str = Field(examples=[""])
-    suggested_vin: str = Field(examples=["AAAAAAAA!AAAA!!!!"])
-    possible_values: str = Field(examples=[""])
-    model_year_asked: str = Field(examples=[""])
-    cached_result: bool
-    source: str = Field(examples=["vpic"])
-    fetched_at: str = Field(examples=["2026-11-21T20:54:00Z"])
-    attributes: dict[str, str] | None = Field(None, examples=[{}], description="With details=true")
 
 
 class Removed(BaseModel):
@@ -602,24 +593,46 @@ class Invalid(BaseModel):
     detail: list[Fault]
 
 
-class Decoded(NamedTuple):
-    """One VIN as vPIC describes it, in our words; empty where it has no data."""
+# What vPIC says of one VIN, by our names; empty where it has no data. `attributes` has all else that it says, under its
+# own names: a JSON object.
+Words = dict[str, str]
 
-    vin: str
-    make: str
-    model: str
-    model_year: str
-    body_class: str
-    error_code: str
-    error_text: str
-    additional_error_text: str
-    suggested_vin: str
-    possible_values: str
-    attributes: str  # all else that is not empty, under vPIC's own names: a JSON object
+
+def is_decodable(words: Words) -> bool:
+    return words["make"] != "" and "7" not in words["error_code"].split(",")
+
+
+FIELDS = [name for name in Vehicle.model_fields if name != "attributes"]
+DECODED_FIELDS = ["make", "model", "model_year", "body_class"]  # empty where a VIN is undecodable, whatever vPIC says
+UNDECODABLE = cast(str, Undecodable.model_fields["detail"].default)
+
+
+class LineForm(NamedTuple):
+    """What a line of a batch is: JSON text, or its values in a list, for CSV; and whether it has the attributes."""
+
+    is_csv: bool
+    details: bool
 
     @property
-    def decodable(self) -> bool:
-        return self.make != "" and "7" not in self.error_code.split(",")
+    def names(self) -> list[str]:
+        """The keys or columns, the same in every line, because readers take them from the first one."""
+        return ["status", *FIELDS, "detail", *(["attributes"] if self.details else [])]
+
+
+Line = str | list[Any]
+
+
+def make_line(form: LineForm, status: int, fields: dict[str, Any], detail: str, attributes: str = "{}") -> Line:
+    """The line of a batch that says this of a VIN. Fields that are not given are empty; `attributes` is JSON."""
+    line = dict.fromkeys(form.names, "") | {"cached_result": False} | fields | {"status": status, "detail": detail}
+    if form.is_csv:
+        line["cached_result"] = str(line["cached_result"]).lower()
+        return [*(line | ({"attributes": attributes} if form.details else {})).values()]
+    return to_json(line | ({"attributes": json.loads(attributes)} if form.details else {}))
+
+
+def to_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 class Answer(NamedTuple):
@@ -665,36 +678,30 @@ class Record(NamedTuple):
         """Whether vPIC need not be asked: the row is fresh, and has the attributes if they are wanted."""
         return self.expires_at > now and (self.attributes is not None or not details)
 
-    def told(self, outcome: str) -> Vehicle | Undecodable:
-        """What there is to tell; `schema.sql` has its like for hits."""
-        told = self._asdict() | {"cached_result": outcome in ("hit", "stale"), "fetched_at": utc(self.fetched_at)}
-        told["attributes"] = json.loads(self.attributes or "{}")
-        model: type[Vehicle | Undecodable] = Vehicle if self.decoded else Undecodable
-        return model.model_validate(told)
+    def fields(self, outcome: str) -> dict[str, Any]:
+        """What there is to say of the VIN. `find_cached` makes the same of a row, in SQL."""
+        fields = {name: getattr(self, name, None) for name in FIELDS}
+        if not self.decoded:
+            fields |= dict.fromkeys(DECODED_FIELDS, "")
+        return fields | {"cached_result": outcome in ("hit", "stale"), "fetched_at": utc(self.fetched_at)}
 
     def answer(self, outcome: str, details: bool) -> Answer:
         """The answer of a lookup with this record."""
-        body = self.told(outcome).model_dump_json(exclude=None if details else {"attributes"})
+        body = self.fields(outcome)
+        if not self.decoded:
+            body["detail"] = UNDECODABLE
+        if details:
+            body["attributes"] = json.loads(self.attributes or "{}")
         fresh_until = self.expires_at if self.source == "vpic" and outcome != "stale" else 0
-        return Answer(self.status, body, outcome, self.fetched_at, fresh_until)
+        return Answer(self.status, to_json(body), outcome, self.fetched_at, fresh_until)
 
-    def line(self, outcome: str, details: bool) -> str:
+    def line(self, outcome: str, form: LineForm) -> Line:
         """The line of a batch with this record."""
-        told = self.told(outcome).model_dump(exclude=None if details else {"attributes"})
-        return batch_line(self.status, told, details)
+        detail = "" if self.decoded else UNDECODABLE
+        return make_line(form, self.status, self.fields(outcome), detail, self.attributes or "{}")
 
 
 COLUMNS = Record._fields[:-1]
-
-# A line of a batch has the same keys in the same order whatever it tells: readers take their columns from the first.
-LINE: dict[str, Any] = dict.fromkeys(["status", *Vehicle.model_fields, "detail"], "") | {"cached_result": False}
-del LINE["attributes"]  # the last one, with details only
-
-
-def batch_line(status: int, told: dict[str, Any], details: bool) -> str:
-    """A line of a batch as JSON text: an HTTP status, and what there is to tell of a VIN."""
-    every = LINE | ({"attributes": {}} if details else {})
-    return json.dumps(every | told | {"status": status}, separators=(",", ":"))
 
 
 # ======================================================================================================================
@@ -1047,7 +1054,7 @@ class Rates:
 SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
 
-SCHEMA, _, VIEW = Path(__file__).with_name("schema.sql").read_text("utf-8").partition("CREATE TEMP VIEW answers AS")
+SCHEMA = Path(__file__).with_name("schema.sql").read_text("utf-8")
 # What stands between these is one transaction.
 PRAGMAS, BEGIN, TABLES = SCHEMA.partition("BEGIN IMMEDIATE;")
 TABLES, COMMIT, _ = TABLES.partition("COMMIT;")
@@ -1081,33 +1088,58 @@ INSERT INTO guard SELECT user_version, %d FROM pragma_user_version;
 DROP TABLE guard;
 """
 
-# CROSS JOIN makes SQLite go through the questions asked and look each up, never the other way round. What expired no
-# longer ago than the grace is an answer too, but not a fresh one; of a stand-in's word it is none.
-ASKED = """
-FROM json_each(:questions) AS asked
-CROSS JOIN answers ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
-"""
-TOLD = "WHERE expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)"
+# The fields of an answer, as SQL makes them of a row. `Record.fields` makes the same.
+FIELDS_SQL = (
+    {name: name for name in FIELDS}
+    | {name: f"iif(decoded, {name}, '')" for name in DECODED_FIELDS}
+    | {"cached_result": "json('true')", "fetched_at": f"strftime('{UTC_TIME}', fetched_at, 'unixepoch')"}
+)
+STATUS = "iif(decoded, 200, 404)"
+DETAIL = f"iif(decoded, '', '{UNDECODABLE}')"
+# An expired row is served during the grace if it is vPIC's; an expired offline row never is.
 OUTCOME = "iif(expires_at > :now, 'hit', 'stale')"
-IN_DETAIL = "CROSS JOIN attributes USING (vin, model_year_asked)"
+SERVED = "expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)"
 
-ANSWERS = f"SELECT asked.value, status, body, {OUTCOME}, fetched_at, fresh_until {ASKED} {TOLD}"
-DETAILS = f"""
-SELECT asked.value, status, json_set(body, '$.attributes', json(attributes)), {OUTCOME}, fetched_at, fresh_until
-{ASKED} {IN_DETAIL} {TOLD}
-"""
 
-# The same for batches.
-LINES = f"SELECT asked.value, line, {OUTCOME} {ASKED} {TOLD}"
-DETAILED_LINES = f"""
-SELECT asked.value, json_set(line, '$.attributes', json(attributes)), {OUTCOME} {ASKED} {IN_DETAIL} {TOLD}
-"""
+def json_object(fields: dict[str, str]) -> str:
+    pairs = ", ".join(f"'{name}', {value}" for name, value in fields.items())
+    return f"json_object({pairs})"
 
-# As a temporary view it would be known to one connection only. Without comments there is less to send.
-VIEW = " ".join(re.sub("--.*", "", VIEW).split()).rstrip(";")
-ANSWERS, DETAILS, LINES, DETAILED_LINES = [
-    f"WITH answers AS ({VIEW}) {statement}" for statement in (ANSWERS, DETAILS, LINES, DETAILED_LINES)
-]
+
+def find_cached(columns: str, details: bool) -> str:
+    """The statement that finds what is cached of `:questions`. SQLite writes the JSON of an answer, because a hit is
+    then one string from the file to the socket."""
+    # CROSS JOIN makes SQLite look up each question that is asked, and not read the table from end to end.
+    return f"""
+    SELECT asked.value, {columns}
+    FROM json_each(:questions) AS asked
+    CROSS JOIN vehicles ON vin = substr(asked.value, 1, 17) AND model_year_asked = substr(asked.value, 19)
+    {"CROSS JOIN attributes USING (vin, model_year_asked)" if details else ""}
+    WHERE {SERVED}
+    """  # noqa: S608 - our own column names
+
+
+def answer_columns(details: bool) -> str:
+    more = {"attributes": "json(attributes)"} if details else {}
+    body, error = json_object(FIELDS_SQL | more), json_object(FIELDS_SQL | {"detail": f"'{UNDECODABLE}'"} | more)
+    fresh_until = "iif(source = 'vpic', expires_at, 0)"  # 0 for offline rows: vPIC's answer replaces them at any time
+    return f"{STATUS}, CASE WHEN decoded THEN {body} ELSE {error} END, {OUTCOME}, fetched_at, {fresh_until}"
+
+
+def line_columns(form: LineForm) -> str:
+    values = {"status": STATUS} | FIELDS_SQL | {"detail": DETAIL}
+    if form.is_csv:
+        values |= {"cached_result": "'true'", "attributes": "attributes"}
+        return f"{OUTCOME}, {', '.join(values[name] for name in form.names)}"
+    values |= {"attributes": "json(attributes)"}
+    return f"{OUTCOME}, {json_object({name: values[name] for name in form.names})}"
+
+
+ANSWERS = {details: find_cached(answer_columns(details), details) for details in (False, True)}
+LINES = {
+    form: find_cached(line_columns(form), form.details)
+    for form in (LineForm(is_csv, details) for is_csv in (False, True) for details in (False, True))
+}
 
 RECORDS = f"""
 SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS)}, attributes
@@ -1854,13 +1886,15 @@ class Cache:
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
         """What is cached of these, with `attributes` if details are asked for and there."""
-        rows = await self._cached(DETAILS if details else ANSWERS, questions)
+        rows = await self._cached(ANSWERS[details], questions)
         return {row[0]: Answer._make(row[1:]) for row in rows}
 
-    async def lines(self, questions: Sequence[Question], details: bool) -> dict[Question, tuple[str, str]]:
-        """The same for batches: the line, and its outcome (hit or stale)."""
-        rows = await self._cached(DETAILED_LINES if details else LINES, questions)
-        return {question: (line, outcome) for question, line, outcome in rows}
+    async def lines(self, questions: Sequence[Question], form: LineForm) -> dict[Question, tuple[str, Line]]:
+        """The same for batches: the outcome (hit or stale), and the line."""
+        rows = await self._cached(LINES[form], questions)
+        if form.is_csv:
+            return {row[0]: (row[1], [*row[2:]]) for row in rows}
+        return {question: (outcome, line) for question, outcome, line in rows}
 
     async def _cached(self, statement: str, questions: Sequence[Question]) -> Rows:
         return await self._read(
@@ -1966,7 +2000,7 @@ def text(value: object) -> str:
     return value.strip()
 
 
-def translate(flat: object) -> Decoded:
+def translate(flat: object) -> Words:
     """One flat result of vPIC in our words. Raises ValueError if one of the eight keys is missing or no proper text;
     of the others an odd one is left out."""
     if not isinstance(flat, dict):
@@ -1983,14 +2017,14 @@ def translate(flat: object) -> Decoded:
             if value := text(flat[key]):
                 others[text(key)] = value
     words |= {word: others.pop(key, "") for word, key in DOUBT_KEYS.items()}
-    return Decoded(**words, attributes=json.dumps(dict(sorted(others.items())), ensure_ascii=False))
+    return words | {"attributes": json.dumps(dict(sorted(others.items())), ensure_ascii=False)}
 
 
 def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse(body: bytes, vins: Collection[str]) -> dict[str, Decoded]:
+def parse(body: bytes, vins: Collection[str]) -> dict[str, Words]:
     """What an answer of vPIC says of `vins`, those it fails to describe left out. Raises ValueError if that is all."""
     if re.match(rb"\s*<(!doctype )?html", body, re.IGNORECASE):
         raise ValueError("an HTML page")
@@ -2001,16 +2035,16 @@ def parse(body: bytes, vins: Collection[str]) -> dict[str, Decoded]:
     results = answer.get("Results") if isinstance(answer, dict) else None
     if not isinstance(results, list):
         raise ValueError("no list of results")
-    found: dict[str, Decoded] = {}
+    found: dict[str, Words] = {}
     fault: ValueError | None = None
     for flat in results:
         try:
-            decoded = translate(flat)
+            words = translate(flat)
         except ValueError as error:
             fault = error
             continue
-        if decoded.vin in vins:
-            found[decoded.vin] = decoded
+        if words["vin"] in vins:
+            found[words["vin"]] = words
     if not found:
         raise fault or ValueError(f"none of {len(results)} results is about the VIN asked")
     return found
@@ -2144,7 +2178,7 @@ class Vpic:
 
     async def decode(
         self, questions: Sequence[Question], deadline: float, patient: bool = False
-    ) -> dict[Question, Decoded]:
+    ) -> dict[Question, Words]:
         """Ask vPIC up to 50 questions, of different VINs; those it does not answer are left out.
 
         Raises VpicUnavailable, at `deadline` (loop time) at the latest, retries included; the time for which a patient
@@ -2191,7 +2225,7 @@ class Vpic:
                 raise VpicUnavailable(503, "Too many VINs are waiting for vPIC; ask again later.", retry_after=wait)
             await asyncio.sleep(wait)
 
-    async def _call_noted(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoded]:
+    async def _call_noted(self, questions: Sequence[Question], deadline: float) -> dict[Question, Words]:
         """One call that the log and the telemetry know of."""
         started, outcome = time.perf_counter(), "ok"
         try:
@@ -2205,7 +2239,7 @@ class Vpic:
         finally:
             vpic_duration.record(time.perf_counter() - started, {"outcome": outcome})
 
-    async def _call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoded]:
+    async def _call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Words]:
         """One HTTP call, its answer parsed. Whatever goes wrong comes out as VpicUnavailable."""
         asked = {vin_of(question): question for question in questions}
         fair = deadline - asyncio.get_running_loop().time() >= self._fair_time
@@ -2300,10 +2334,10 @@ def offline_installed() -> bool:
     return importlib.util.find_spec("ultravin") is not None
 
 
-def decode_offline(questions: Sequence[Question]) -> dict[Question, Decoded]:
+def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
     """Decode without vPIC, some 0.1 ms a VIN. Left out is what can't be decoded, be it for a fault of ultravin's or
     because it is not installed."""
-    found: dict[Question, Decoded] = {}
+    found: dict[Question, Words] = {}
     try:
         import ultravin  # 30 MB that a service with a healthy vPIC never needs
 
@@ -2511,17 +2545,17 @@ class Scheduler:
 class Batch:
     """A batch while it is being answered."""
 
-    def __init__(self, details: bool) -> None:
-        self.details = details
+    def __init__(self, form: LineForm) -> None:
+        self.form = form
         self.queue = Queue()
-        self.lines: deque[str | Waiter] = deque()  # in the order of the rows: a line, or who waits for its outcome
+        self.lines: deque[Line | Waiter] = deque()  # in the order of the rows: a line, or who waits for its outcome
         self.waiters: set[Waiter] = set()  # all who wait, also those that are not in `lines` yet
         self.outcomes: Counter[str] = Counter()  # of the lines for which vPIC was needed
 
     @property
     def can_go_on(self) -> bool:
         """Whether the next line is there."""
-        return bool(self.lines) and (isinstance(self.lines[0], str) or self.lines[0].outcome.done())
+        return bool(self.lines) and (not isinstance(self.lines[0], Waiter) or self.lines[0].outcome.done())
 
 
 WINDOW = 100  # lines of a batch at once: a single hit waits no longer than these take
@@ -2719,7 +2753,7 @@ class Lookups:
 
     async def _ask_and_store(self, call: Call) -> None:
         failure = VpicUnavailable(502, "vPIC's answer does not describe this VIN; ask again later.", answered=True)
-        decoded: dict[Question, Decoded] = {}
+        decoded: dict[Question, Words] = {}
         records: dict[Question, Record] = {}
         tickets = call.tickets
         try:
@@ -2759,7 +2793,7 @@ class Lookups:
                 rest.append(ticket)
         return rest, records
 
-    async def _store_and_answer(self, tickets: list[Ticket], decoded: dict[Question, Decoded]) -> None:
+    async def _store_and_answer(self, tickets: list[Ticket], decoded: dict[Question, Words]) -> None:
         """Store what vPIC said, then give it to those who wait."""
         records = []
         for ticket in tickets:
@@ -2802,19 +2836,19 @@ class Lookups:
         if records:
             await self._cache.store(records)
 
-    def _make_record(self, question: Question, words: Decoded, source: Literal["vpic", "offline"]) -> Record:
+    def _make_record(self, question: Question, words: Words, source: Literal["vpic", "offline"]) -> Record:
         now = time.time()
         if source == "offline":
             life = self._settings.offline_ttl
         else:
-            life = self._settings.ttl if words.decodable else self._settings.invalid_ttl
+            life = self._settings.ttl if is_decodable(words) else self._settings.invalid_ttl
             # By the VIN up to a tenth less: what was fetched in one minute does not end in one minute.
             life *= 1 - zlib.crc32(question.encode()) / 2**32 / 10
         return Record(
-            **words._asdict(),
+            **words,
             model_year_asked=model_year_of(question),
             source=source,
-            decoded=words.decodable,
+            decoded=is_decodable(words),
             fetched_at=int(now),
             expires_at=math.ceil(now + life),
         )
@@ -2867,7 +2901,7 @@ class Lookups:
         return {
             question: Found(self._make_record(question, words, "offline"), "offline")
             for question, words in decoded.items()
-            if words.decodable or self._vpic.is_off
+            if is_decodable(words) or self._vpic.is_off
         }
 
     async def _store_stand_ins(self, found: dict[Question, Found], removals: dict[Question, int | None]) -> None:
@@ -2879,17 +2913,17 @@ class Lookups:
 
     # -- Batches -------------------------------------------------------------------------------------------------------
 
-    async def batch(self, windows: AsyncIterator[list[Row]], details: bool) -> AsyncIterator[list[str]]:
+    async def batch(self, windows: AsyncIterator[list[Row]], form: LineForm) -> AsyncIterator[list[Line]]:
         """The lines for the rows, in their order, some at a time, each as soon as it and those before it are known.
 
         While vPIC is left alone, a line waits, until a call has failed VPIC_BATCH_TIMEOUT after the first failure."""
-        batch = Batch(details)
+        batch = Batch(form)
         self._scheduler.batches.append(batch.queue)
         try:
             async for rows in windows:
                 lines = await self._look_up(rows, batch)
                 if not batch.waiters:  # so there are no lines before these
-                    yield cast(list[str], lines)
+                    yield cast(list[Line], lines)
                     continue
                 batch.lines += lines
                 while batch.can_go_on or len(batch.lines) > AHEAD:
@@ -2904,9 +2938,9 @@ class Lookups:
                 counted = ", ".join(f"{times:,} {name}" for name, times in sorted(vpic_failed.items()))
                 log.warning("batch answered in part without vPIC: %s", counted)
 
-    async def _next_lines(self, batch: Batch) -> list[str]:
+    async def _next_lines(self, batch: Batch) -> list[Line]:
         """Up to a window of lines. Waits for the first of them if need be."""
-        lines: list[str] = []
+        lines: list[Line] = []
         if isinstance(batch.lines[0], Waiter):
             await self._wait_for_line(batch.lines[0])
         while batch.can_go_on and len(lines) < WINDOW:
@@ -2917,7 +2951,7 @@ class Lookups:
                 outcome = line.outcome.result()
                 batch.outcomes[outcome_name(outcome)] += 1
                 lookups_counter.add(1, {"outcome": outcome_name(outcome)})
-                line = line_of(line.ticket.question, outcome, batch.details)
+                line = line_of(line.ticket.question, outcome, batch.form)
             lines.append(line)
         return lines
 
@@ -2935,10 +2969,10 @@ class Lookups:
             return ticket not in waiter.queue or not (self._tasks or self._timer)
         return not any(ticket in tickets for tickets in self._tasks.values())
 
-    async def _look_up(self, rows: Sequence[Row], batch: Batch) -> list[str | Waiter]:
+    async def _look_up(self, rows: Sequence[Row], batch: Batch) -> list[Line | Waiter]:
         """For each row its line if it is known, else who waits for it."""
         asked: list[Question] = []
-        lines: list[str | Waiter] = [""] * len(rows)
+        lines: list[Line | Waiter] = [""] * len(rows)
         for index, (vin, model_year, _) in enumerate(rows):
             if not model_year and is_normal(vin):  # most are, and need no more
                 asked.append(vin)
@@ -2947,17 +2981,17 @@ class Lookups:
                 asked.append(ask(normalize_vin(vin), normalize_model_year(model_year)))
             except PydanticCustomError as error:
                 asked.append("")
-                lines[index] = error_line(422, vin, error.message(), batch.details)
-        cached = await self._cache.lines(asked, batch.details)
+                lines[index] = make_line(batch.form, 422, {"vin": vin}, error.message())
+        cached = await self._cache.lines(asked, batch.form)
         outcomes: Counter[str] = Counter()
         for index, question in enumerate(asked):
             if found := cached.get(question):
-                lines[index], outcome = found
+                outcome, lines[index] = found
                 outcomes[outcome] += 1
                 if outcome == "stale":
                     self._refresh(question)
             elif question:
-                waiter = lines[index] = await self._join(question, batch.details, batch.queue)
+                waiter = lines[index] = await self._join(question, batch.form.details, batch.queue)
                 batch.waiters.add(waiter)
         for outcome, times in outcomes.items():
             lookups_counter.add(times, {"outcome": outcome})
@@ -2981,14 +3015,10 @@ def outcome_name(outcome: Outcome) -> str:
     return outcome.outcome if outcome.record.decoded or outcome.outcome != "vpic" else "undecodable"
 
 
-def error_line(status: int, vin: str, detail: str, details: bool) -> str:
-    return batch_line(status, {"vin": vin, "detail": detail}, details)
-
-
-def line_of(question: Question, outcome: Outcome, details: bool) -> str:
+def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
     if isinstance(outcome, VpicUnavailable):
-        return error_line(outcome.status_code, vin_of(question), outcome.detail, details)
-    return outcome.record.line(outcome.outcome, details)
+        return make_line(form, outcome.status_code, {"vin": vin_of(question)}, outcome.detail)
+    return outcome.record.line(outcome.outcome, form)
 
 
 # ======================================================================================================================
@@ -3200,7 +3230,7 @@ async def in_windows(
         yield window
 
 
-async def noting(lines: AsyncIterator[list[str]], count: int, client: str) -> AsyncIterator[list[str]]:
+async def noting(lines: AsyncIterator[list[Line]], count: int, client: str) -> AsyncIterator[list[Line]]:
     """The lines; the log says now and then how many of them were told."""
     told, next_note = 0, time.monotonic() + PROGRESS
     async for some in lines:
@@ -3211,13 +3241,13 @@ async def noting(lines: AsyncIterator[list[str]], count: int, client: str) -> As
             log.info("batch of %s: %d of %d lines told", client, told, count)
 
 
-async def as_jsonl(lines: AsyncIterator[list[str]]) -> AsyncIterator[str]:
+async def as_jsonl(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
     async for some in lines:
-        yield "\n".join(some) + "\n"
+        yield "\n".join(cast(list[str], some)) + "\n"
 
 
 async def as_csv(
-    lines: AsyncIterator[list[str]], rows: "deque[Row]", fleet: Fleet | None, details: bool
+    lines: AsyncIterator[list[Line]], rows: "deque[Row]", fleet: Fleet | None, form: LineForm
 ) -> AsyncIterator[bytes]:
     """The rows as they came, each with its line behind it: the same columns, and ours, which say so in their names."""
     layout = fleet and fleet.layout
@@ -3228,19 +3258,16 @@ async def as_csv(
     if layout and layout.before:
         out.write(f"sep={separator}\r\n")
     out.write((layout.names if layout else "vin,model_year") + separator)
-    writer.writerow(f"decoded_{name}" for name in [*LINE, *["attributes"] * details])
+    writer.writerow(f"decoded_{name}" for name in form.names)
     yield out.getvalue().encode()
     async for some in lines:
         out.seek(0)
         out.truncate()
         for line in some:
-            row, told = rows.popleft(), json.loads(line)
-            told["cached_result"] = str(told["cached_result"]).lower()
-            if details:
-                told["attributes"] = json.dumps(told["attributes"], ensure_ascii=False)
+            row = rows.popleft()
             if row.came:
                 out.write(row.came + separator)
-            ours = [f"'{word}" if isinstance(word, str) and word[:1] in FORMULA else word for word in told.values()]
+            ours = [f"'{word}" if isinstance(word, str) and word[:1] in FORMULA else word for word in line]
             writer.writerow(ours if row.came else [row.vin, row.model_year, *ours])
         yield out.getvalue().encode(errors="replace")  # JSON may bring lone surrogates
 
@@ -4044,8 +4071,9 @@ async def tell_lines(
     form = next((name for name in accepted if name in (CSV, JSONL)), form)
     kept = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
-    lines = noting(request.state.lookups.batch(in_windows(rows, fleet is not None, kept), details), count, client)
-    told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, details)
+    line_form = LineForm(form == CSV, details)
+    lines = noting(request.state.lookups.batch(in_windows(rows, fleet is not None, kept), line_form), count, client)
+    told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, line_form)
     return StreamingResponse(told, headers={"X-Total-Count": str(count)}, media_type=form)
 
 

@@ -2069,14 +2069,18 @@ async def test_rows_come_back_as_they_were_stored(database: Database) -> None:
         assert await cache.records([*questions, TRUCK]) == ({row.question: row for row in rows}, nothing)
         for details in (False, True):
             told = [row for row in rows if row.attributes or not details]
-            answers, lines = await cache.answers(questions, details), await cache.lines(questions, details)
-            assert answers.keys() == lines.keys() == {row.question for row in told}
+            forms = [main.LineForm(is_csv, details) for is_csv in (False, True)]
+            answers = await cache.answers(questions, details)
+            lines, values = [await cache.lines(questions, form) for form in forms]
+            assert answers.keys() == lines.keys() == values.keys() == {row.question for row in told}
             for row in told:
                 answer, expected = answers[row.question], row.answer("hit", details)
                 assert answer._replace(body="") == expected._replace(body="")
-                assert json.loads(answer.body) == json.loads(expected.body)
-                line, outcome = lines[row.question]
-                assert (json.loads(line), outcome) == (json.loads(row.line("hit", details)), "hit")
+                assert [*json.loads(answer.body).items()] == [*json.loads(expected.body).items()]
+                outcome, line = lines[row.question]
+                pairs = [*json.loads(str(row.line("hit", forms[0]))).items()]
+                assert (outcome, [*json.loads(str(line)).items()]) == ("hit", pairs)
+                assert values[row.question] == ("hit", row.line("hit", forms[1]))
         assert await asyncio.gather(*map(cache.hit, questions)) == [*(await cache.answers(questions)).values()]
         await cache.store([(record(year="1994"), None)])
         assert (await cache.records([asked.question]))[0] == {asked.question: record(year="1994")}
@@ -2507,8 +2511,10 @@ def test_translation_strips_and_renames() -> None:
     """Trailing blanks of older answers go; a byte order mark in front does no harm."""
     body = b"\xef\xbb\xbf" + honest(TRUCK, Make="PETERBILT ", Model=" 388\t", Other=None)
     decoded = main.parse(body, [TRUCK])[TRUCK]
-    assert decoded[:-1] == (TRUCK, "PETERBILT", "388", "2014", "Truck-Tractor", "0", main.CLEAN, DOUBT, "", "")
-    assert json.loads(decoded.attributes)["VehicleType"] == "TRUCK"
+    assert (decoded["vin"], decoded["suggested_vin"], decoded["possible_values"]) == (TRUCK, "", "")
+    assert [decoded[name] for name in main.DECODED_FIELDS] == ["PETERBILT", "388", "2014", "Truck-Tractor"]
+    assert (decoded["error_code"], decoded["error_text"], decoded["additional_error_text"]) == ("0", main.CLEAN, DOUBT)
+    assert json.loads(decoded["attributes"])["VehicleType"] == "TRUCK"
 
 
 @pytest.mark.parametrize("value", [None, 7, True, ["388"], {"": "388"}, "3\0", "\ud800"], ids=repr)
@@ -2524,7 +2530,7 @@ def test_translation_of_many_leaves_out_what_is_wrong() -> None:
     stranger, wrong = trucks(2)
     results = [flat(OTHER_TRUCK), flat(stranger), None, flat(wrong, Make=None), flat(TRUCK)]
     found = main.parse(json.dumps(envelope(*results)).encode(), [TRUCK, OTHER_TRUCK, wrong])
-    assert {vin: decoded.make for vin, decoded in found.items()} == {TRUCK: "PETERBILT", OTHER_TRUCK: "KENWORTH"}
+    assert {vin: words["make"] for vin, words in found.items()} == {TRUCK: "PETERBILT", OTHER_TRUCK: "KENWORTH"}
 
 
 @pytest.mark.parametrize(
@@ -2542,7 +2548,7 @@ def test_translation_of_many_leaves_out_what_is_wrong() -> None:
 )
 def test_what_counts_as_decodable(make: str, codes: str, decodable: bool) -> None:
     """A make, and no error 7."""
-    assert main.translate(flat(TRUCK, Make=make, ErrorCode=codes)).decodable is decodable
+    assert main.is_decodable(main.translate(flat(TRUCK, Make=make, ErrorCode=codes))) is decodable
 
 
 async def test_vin_without_make_is_undecodable_whatever_its_error_code(service: Service) -> None:
@@ -3150,7 +3156,11 @@ async def test_a_batch_that_ends_takes_nothing_from_another(service: Service) ->
         yield [main.Row(vin) for vin in trucks(3)]
 
     async def read() -> list[str]:
-        return [line async for some in service.state["lookups"].batch(windows(), False) for line in some]
+        return [
+            line
+            async for some in service.state["lookups"].batch(windows(), main.LineForm(False, False))
+            for line in some
+        ]
 
     async with asyncio.timeout(20):
         longer = asyncio.create_task(read())
@@ -3611,7 +3621,7 @@ async def test_expired_row_serves_while_vpic_cannot(
         got, stale = await service.lookup(vin)
         assert (got, stale["cached_result"], stale["source"]) == (status, True, "vpic")
         assert stale["fetched_at"] < first["fetched_at"]
-        assert stale.get("make") == (first["make"] + "?" if status == 200 else None)
+        assert stale["make"] == (first["make"] + "?" if status == 200 else "")
         vpic.fault = answers
         assert await service.lookup(vin) == (status, stale)
         assert vpic.calls == [[vin]] * 2
