@@ -5742,7 +5742,8 @@ async def test_fuzzer_finds_nothing(launch: Launch, vpic: PlayedVpic, tmp_path: 
 async def test_fuzzer_finds_nothing_while_vpic_is_down(launch: Launch, vpic: PlayedVpic, tmp_path: Path) -> None:
     """But for 5xx, which tell of vPIC's failure."""
     vpic.fault = refuses(403)
-    process = launch("--no-access-log", export_limit="", vpic_rate=10**6, offline="false")
+    hasty = {"breaker_seconds": 0.2, "vpic_batch_timeout": 0.2}  # else a batch would wait for vPIC
+    process = launch("--no-access-log", export_limit="", vpic_rate=10**6, offline="false", **hasty)
     await fuzz(process, tmp_path, {}, "--exclude-checks", "not_a_server_error")
 
 
