@@ -243,10 +243,9 @@ class Settings(BaseSettings):
 
     vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: no call is made, all is decoded offline
     vpic_timeout: Seconds = 8  # the deadline of one lookup, retries and waiting included
-    vpic_batch_timeout: Seconds = (
-        30  # of one call for 50 VINs, of which vPIC decodes some 20 a second; and how long vPIC
-    )
-    # has to fail before the lines of a batch wait for it no longer
+    # The deadline of one call for 50 VINs, of which vPIC decodes some 20 a second; and how long vPIC has to fail before
+    # the lines of a batch wait for it no longer.
+    vpic_batch_timeout: Seconds = 30
     vpic_concurrency: Count = 8  # calls under way at once
     vpic_rate: Count = 1000  # calls in any minute: NHTSA asks for no more
     nodes: Count = 1  # services, each of their workers counted, that share this rate and no storage to count it in
