@@ -1270,6 +1270,7 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
     """Ours and FastAPI's, in Prometheus' form, behind the key; unless told, there is no such thing."""
     pytest.importorskip("opentelemetry.exporter.prometheus")
     process, without = launch(metrics=True, api_key="crown"), launch()
+    vpic.delay = 0.3
     async with process.serving(vpic) as service:
         for _ in range(2):
             await service.lookup(TRUCK)
@@ -1285,8 +1286,22 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
         r'http_server_request_duration_seconds_count\{.*http_route="/lookup".*\} ',
     ):
         assert re.search(pattern, told), pattern
+    assert 0.25 < quantile(told, "vincache_vpic_duration_seconds", 0.99) < 3
+    assert 0 < quantile(told, "vincache_store_duration_seconds", 0.5) < 0.5
     async with without.serving(vpic) as service:
         assert (await service.get("/metrics"))[0] == 404
+
+
+def quantile(told: str, name: str, part: float) -> float:
+    """What Prometheus' histogram_quantile makes of a histogram: within a bucket, it takes all to be spread evenly."""
+    counts: dict[float, float] = {}
+    for bound, count in re.findall(rf'{name}_bucket\{{.*le="([^"]+)".*\}} (\S+)', told):
+        counts[float(bound)] = counts.get(float(bound), 0) + float(count)
+    rank = part * counts[float("inf")]
+    bounds = sorted(counts)
+    place = next(place for place, bound in enumerate(bounds) if counts[bound] >= rank)
+    below, before = (bounds[place - 1], counts[bounds[place - 1]]) if place else (0, 0)
+    return below + (bounds[place] - below) * (rank - before) / (counts[bounds[place]] - before)
 
 
 # ======================================================================================================================
