@@ -40,6 +40,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import cache
 from http.client import HTTPConnection, HTTPSConnection
+from importlib.metadata import requires
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any, NamedTuple
@@ -1200,7 +1201,6 @@ asyncio.run(go())
 
 def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
     """Lookups by outcome, the duration of calls by outcome and the breaker's state reach OpenTelemetry's reader."""
-    pytest.importorskip("opentelemetry.sdk")
     # A process of its own: the provider of a process can be set only once.
     command = [sys.executable, "-c", METERED, str(tmp_path)]
     ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
@@ -1233,7 +1233,6 @@ def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
 
 async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """FASTAPI_OTEL_AUTO_CONFIGURE and an endpoint are all it takes; lookups, spans and HTTP metrics arrive."""
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     received: dict[str, bytes] = {}
@@ -1268,7 +1267,6 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
 
 async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
     """Ours and FastAPI's, in Prometheus' form, behind the key; unless told, there is no such thing."""
-    pytest.importorskip("opentelemetry.exporter.prometheus")
     process, without = launch(metrics=True, api_key="crown"), launch()
     vpic.delay = 0.3
     async with process.serving(vpic) as service:
@@ -1290,6 +1288,20 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
     assert 0 < quantile(told, "vincache_store_duration_seconds", 0.5) < 0.5
     async with without.serving(vpic) as service:
         assert (await service.get("/metrics"))[0] == 404
+
+
+def test_the_image_has_what_every_setting_needs() -> None:
+    """The image installs what stands above a line of requirements.txt: there is what telemetry and other settings need,
+    which a start without them does not import."""
+    [line] = re.findall(r"sed '/\^(.+)/,\$d' requirements.txt", (HERE / "Dockerfile").read_text())
+    service, _, tests = (HERE / "requirements.txt").read_text().partition(f"\n{line}")
+    installed = set(re.findall(r"^([\w-]+)", service, re.MULTILINE))
+    telemetry = [need for need in requires("fastapi") or [] if need.endswith('extra == "opentelemetry"')]
+    needed = {re.split(r"[^\w-]", need)[0] for need in telemetry}
+    assert len(needed) >= 2
+    needed |= {"opentelemetry-exporter-prometheus", "python-json-logger", "redis", "ultravin"}
+    assert needed - installed == set()
+    assert "pytest" in tests
 
 
 def quantile(told: str, name: str, part: float) -> float:
