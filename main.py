@@ -819,28 +819,36 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z]{17}(?![0-9A-Za-z])")
 
 
-class OneLine(logging.Formatter):
-    """Plain text, one line an event, whatever comes in from outside or with a traceback."""
+class TextLine(logging.Formatter):
+    """Plain text, one line an event, whatever comes in from outside or with a traceback; times are UTC."""
+
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
 
     def format(self, record: logging.LogRecord) -> str:
         return CONTROL.sub(lambda control: ascii(control[0])[1:-1], super().format(record).rstrip())
 
 
-def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
-    """Give our lines and uvicorn's one form: plain text or JSON, with UTC times. Ours are without credentials, and
-    without VINs if so told."""
-    formatter: logging.Formatter
-    if form == "json":
-        formatter = JsonFormatter(
+class JsonLine(JsonFormatter):
+    """A JSON object, one line an event. README's log.json names it too, for uvicorn's parent process."""
+
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__(
             ["asctime", "levelname", "name", "message"],
             datefmt=UTC_TIME,
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             # Of uvicorn's: the message once more, with terminal colours in it.
             reserved_attrs=[*vars(logging.makeLogRecord({})), "color_message", "message", "asctime"],
         )
-    else:
-        formatter = OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
-    formatter.converter = time.gmtime
+
+
+def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
+    """Give our lines and uvicorn's one form. Ours are without credentials, and without VINs if so told."""
+    formatter = JsonLine() if form == "json" else TextLine()
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(logging.StreamHandler())
@@ -856,7 +864,7 @@ def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
     def make_discreet(record: logging.LogRecord) -> bool:
         record.msg, record.args = discreet(record.getMessage()), None
         if record.exc_info:
-            record.exc_text, record.exc_info = discreet(OneLine().formatException(record.exc_info)), None
+            record.exc_text, record.exc_info = discreet(TextLine().formatException(record.exc_info)), None
         return True
 
     log.filters[:] = [make_discreet]

@@ -1079,6 +1079,31 @@ async def test_log_is_one_line_an_event(launch: Launch, vpic: PlayedVpic, form: 
     assert not any(line.startswith("FAKE") for line in lines)
 
 
+async def test_with_workers_readmes_file_gives_all_lines_the_form_of_one_process(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvicorn's parent process, its workers and our own lines have the same keys, in the same order, and UTC times."""
+    [recipe] = re.findall(r"```\n(\{\"version\": 1.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "log.json").write_text(recipe)
+    monkeypatch.setenv("TZ", "JST-9")
+    forms = []
+    for options in ([], ["--workers", "2", "--log-config", "log.json"]):
+        process = await launch(*options, log="json", vpic_url="").started(2 if options else 1)
+        await ask(f"{process.url}/lookup/{TRUCK}")
+        process.signal(signal.SIGTERM)
+        await process.ended()
+        lines = process.log.read_text()
+        assert "\\u001b" not in lines
+        events = [json.loads(line) for line in lines.splitlines()]
+        assert {event["logger"] for event in events} == {"vincache", "uvicorn.error", "uvicorn.access"}
+        assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", event["time"]) for event in events)
+        now = datetime.now(UTC)
+        assert all(now - datetime.fromisoformat(event["time"]) < timedelta(minutes=10) for event in events)
+        forms.append({tuple(event) for event in events})
+    assert forms == [{("time", "level", "logger", "message")}] * 2
+    assert "parent process" in lines
+
+
 async def test_log_has_a_line_per_failed_call_and_per_turn_of_the_breaker(
     start: Start, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture
 ) -> None:
