@@ -40,6 +40,7 @@ import os
 import re
 import secrets
 import sqlite3
+import stat
 import sys
 import tempfile
 import time
@@ -1325,7 +1326,7 @@ class FileStore:
         except (sqlite3.Error, OSError) as error:
             us = f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"  # a mounted folder may be somebody else's
             raise StartupError(
-                f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}"
+                f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
             ) from None
         log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
         await self._tasks.enter_async_context(background(self._write_jobs()))
@@ -1498,11 +1499,31 @@ def prepare(path: Path, patience: float) -> None:
         for part in PARTS[1:]:  # somebody's whose file is gone
             Path(f"{path}{part}").unlink(missing_ok=True)
     sqlite3.connect(path).close()  # makes the file
+    if status is None:
+        share_with_group(path)
     # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=patience)) as file:
         tables = upgrade(str(path), *file.execute(OWNER).fetchone())
     with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as file:
         file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
+
+
+def share_with_group(path: Path) -> None:
+    """Let the folder's group write the new file where it may write the folder: a container that runs as another user
+    of that group goes on with it. SQLite gives the -wal and the -shm the same mode."""
+    file, folder = path.stat(), path.parent.stat()
+    if folder.st_mode & stat.S_IWGRP and folder.st_gid == file.st_gid:
+        path.chmod(file.st_mode | stat.S_IRGRP | stat.S_IWGRP)
+
+
+def owners(path: Path) -> str:
+    """For the end of an error: who owns the file and its folder, and their modes, as far as they are there."""
+    told = ""
+    for what, place in (("the file", path), ("its folder", path.parent)):
+        with suppress(OSError):
+            status = place.stat()
+            told += f"; {what} belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
+    return told
 
 
 def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:

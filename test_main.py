@@ -1904,6 +1904,7 @@ async def test_a_control_character_does_not_spoil_the_export(start: Start, vpic:
 # Root may do everything; without these two rights it may do what the file's mode says, as anybody.
 AS_ANYBODY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 BY_US = f"cannot be opened and written by uid {os.geteuid()}: "
+OURS = f"belongs to {os.geteuid()}:{os.getegid()}"
 NEEDS_SETPRIV = pytest.mark.skipif(bool(AS_ANYBODY and not shutil.which("setpriv")), reason="no setpriv for root")
 
 
@@ -1916,8 +1917,10 @@ NEEDS_SETPRIV = pytest.mark.skipif(bool(AS_ANYBODY and not shutil.which("setpriv
         pytest.param(lambda folder: folder / "none" / "cache.db", "cannot be opened", id="no such folder"),
         pytest.param(lambda folder: folder, "cannot be opened", id="a folder"),
         pytest.param(lambda _: Path("/proc/cache.db"), "cannot be opened", id="no file can be there"),
-        pytest.param(without_right_to_folder, BY_US, id="no right to folder", marks=NEEDS_SETPRIV),
-        pytest.param(without_right_to_file, BY_US, id="no right to file", marks=NEEDS_SETPRIV),
+        pytest.param(
+            without_right_to_folder, f"its folder {OURS}, mode 0555", id="no right to folder", marks=NEEDS_SETPRIV
+        ),
+        pytest.param(without_right_to_file, f"the file {OURS}, mode 0444", id="no right to file", marks=NEEDS_SETPRIV),
     ],
 )
 async def test_a_file_that_cannot_be_the_cache_stops_the_start_untouched(
@@ -1934,7 +1937,42 @@ async def test_a_file_that_cannot_be_the_cache_stops_the_start_untouched(
     [sentence] = [line for line in process.log.read_text().splitlines()[-2:] if "exiting" not in line.lower()]
     assert f" {database} " in sentence
     assert reason in sentence
+    assert (BY_US in sentence) == ("cannot be opened" in sentence)
     assert (database.read_bytes() if database.is_file() else b"") == before
+
+
+@pytest.mark.parametrize(("folder_mode", "mode"), [(0o775, 0o664), (0o755, 0o644)], ids=["shared", "not shared"])
+async def test_a_new_file_is_its_groups_where_the_folder_is(tmp_path: Path, folder_mode: int, mode: int) -> None:
+    """Whatever the umask says; the -wal and the -shm are, too, and a fresh file in place of a damaged one."""
+    tmp_path.chmod(folder_mode)
+    database = tmp_path / "cache.db"
+    async with main.FileStore(database, 1) as store:
+        for cause in ("", "played"):
+            if cause:
+                await store.doubt(cause)
+            await store.write(main.PROBE, ())
+            assert [Path(f"{database}{part}").stat().st_mode & 0o777 for part in main.PARTS] == [mode] * 3
+
+
+def as_user(uid: int) -> list[str]:
+    """Run as this user of group 0, who may read and search everything, as test environments are in root's folders."""
+    kept = "=-all,+dac_read_search"
+    return ["setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups", f"--inh-caps{kept}", f"--ambient-caps{kept}"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root may be others, by setpriv")
+async def test_another_user_of_the_group_goes_on_with_the_file(launch: Launch, tmp_path: Path) -> None:
+    """As on platforms that give each container a user of their own choice, in group 0; also after a kill."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    os.chown(folder, 10001, 0)
+    folder.chmod(0o775)
+    for uid, cached in ((10001, False), (1_000_620_000, True), (10001, True)):
+        process = await launch(through=as_user(uid), database=folder / "cache.db", vpic_url="").started()
+        assert (await ask(f"{process.url}/lookup/{TRUCK}"))[1]["cached_result"] is cached
+        assert (await ask(f"{process.url}/readyz"))[0] == 200
+        process.signal(signal.SIGKILL)
+        await process.ended()
 
 
 # ======================================================================================================================
