@@ -39,6 +39,7 @@ import math
 import os
 import re
 import secrets
+import signal
 import sqlite3
 import stat
 import sys
@@ -1244,15 +1245,53 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             await task
 
 
+LOCK_TRY = 0.2  # seconds for which a thread waits for a file that somebody holds locked: nothing can break it off
+LOCK_PAUSE = 0.05  # seconds from one try to the next
+
+
+def is_stopping() -> bool:
+    """Whether uvicorn was told to end the process: it notes that at once, but acts on it after the start only."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(server, "should_exit", False) is True
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether somebody else holds a lock: waiting may help."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
+
+
+async def keep_trying(attempt: Callable[[], Awaitable[Taken]], patience: float) -> Taken:
+    """What the attempt returns, which is made again while somebody holds a lock, for so many seconds, and not once the
+    process is to end. Raises what it raises."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience
+    while True:
+        try:
+            return await attempt()
+        except (sqlite3.Error, OSError) as error:
+            if not is_locked(error) or loop.time() > deadline or is_stopping():
+                raise
+        await asyncio.sleep(LOCK_PAUSE)
+
+
 @asynccontextmanager
-async def alone(folder: Path) -> AsyncIterator[None]:
-    """Of all our processes, be the one that opens or retires a file in this folder."""
+async def alone(folder: Path, patience: float) -> AsyncIterator[None]:
+    """Of all our processes, be the one that opens or retires a file in this folder. Raises BlockingIOError if another
+    one does for longer than that."""
     if sys.platform == "win32":  # where a file that somebody has open can't be moved or deleted anyway
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+
+    async def lock() -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(errno.EAGAIN, "another process is opening it") from None
+
     try:
-        await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        await keep_trying(lock, patience)
         yield
     finally:
         os.close(descriptor)
@@ -1321,14 +1360,19 @@ class FileStore:
 
     async def __aenter__(self) -> "FileStore":
         try:
-            async with alone(self._path.resolve().parent):
+            async with alone(self._path.resolve().parent, MIGRATION_PATIENCE):
                 self._file = await self._open(max(START_PATIENCE, self._busy_timeout))
+            log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
         except (sqlite3.Error, OSError) as error:
-            us = f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"  # a mounted folder may be somebody else's
-            raise StartupError(
-                f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
-            ) from None
-        log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
+            if is_locked(error) and is_stopping():  # uvicorn ends a service that has started as it should be
+                log.info("told to stop while it waited for %s: %s", self._path, error)
+            else:
+                us = (
+                    f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"
+                )  # a mounted folder may be somebody else's
+                raise StartupError(
+                    f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
+                ) from None
         await self._tasks.enter_async_context(background(self._write_jobs()))
         await self._tasks.enter_async_context(background(self._watch()))
         return self
@@ -1342,29 +1386,29 @@ class FileStore:
     async def _open(self, patience: float) -> OpenFile:
         """Open what is at the path; a damaged file is moved aside for a fresh one."""
         path = self._path.resolve()
-        for last in (False, True):
-            try:
-                # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
-                await asyncio.to_thread(prepare, path, patience)
-                async with AsyncExitStack() as connections:
-                    reader, writer = [
-                        # The timeout stands before any statement. No isolation level: a statement is its own
-                        # transaction unless it is told otherwise, and a cancelled one leaves none open.
-                        await connections.enter_async_context(
-                            aiosqlite.connect(path, timeout=patience, isolation_level=None)
-                        )
-                        for _ in range(2)
-                    ]
-                    for connection in (reader, writer):
-                        await connection.executescript(SCHEMA)
-                    await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
-                    parts = {part: identity(f"{path}{part}") for part in PARTS}
-                    return OpenFile(path, parts, reader, writer, connections.pop_all())
-            except sqlite3.Error as error:
-                if last or not is_damage(error):
-                    raise
-                retire(path, {part: identity(f"{path}{part}") for part in PARTS}, str(error))
-        raise AssertionError
+        try:
+            return await keep_trying(lambda: self._try_to_open(path), patience)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            retire(path, {part: identity(f"{path}{part}") for part in PARTS}, str(error))
+        return await keep_trying(lambda: self._try_to_open(path), patience)
+
+    async def _try_to_open(self, path: Path) -> OpenFile:
+        # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
+        await asyncio.to_thread(prepare, path)
+        async with AsyncExitStack() as connections:
+            reader, writer = [
+                # The timeout stands before any statement. No isolation level: a statement is its own transaction
+                # unless it is told otherwise, and a cancelled one leaves none open.
+                await connections.enter_async_context(aiosqlite.connect(path, timeout=LOCK_TRY, isolation_level=None))
+                for _ in range(2)
+            ]
+            for connection in (reader, writer):
+                await connection.executescript(SCHEMA)
+            await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
+            parts = {part: identity(f"{path}{part}") for part in PARTS}
+            return OpenFile(path, parts, reader, writer, connections.pop_all())
 
     async def _current(self) -> OpenFile:
         """The file, opened anew if what is at the path is no longer it: a ghost is never written to."""
@@ -1380,7 +1424,7 @@ class FileStore:
             self._file = None  # until it is open again, every write tries to
             moved = False
             try:
-                async with alone(self._path.resolve().parent):
+                async with alone(self._path.resolve().parent, self._busy_timeout):
                     if file is not None and damaged:
                         moved = retire(file.path, file.parts, cause)
                     elif file is not None:
@@ -1488,9 +1532,10 @@ class FileStore:
 
 
 START_PATIENCE = 30  # seconds for which a start waits for a file that somebody holds locked
+MIGRATION_PATIENCE = 600  # seconds for which it waits for another process of ours, which may be migrating a large file
 
 
-def prepare(path: Path, patience: float) -> None:
+def prepare(path: Path) -> None:
     """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
 
     Raises sqlite3.Error, and StartupError if the file is a newer one or not ours."""
@@ -1502,9 +1547,9 @@ def prepare(path: Path, patience: float) -> None:
     if status is None:
         share_with_group(path)
     # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=patience)) as file:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCK_TRY)) as file:
         tables = upgrade(str(path), *file.execute(OWNER).fetchone())
-    with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as file:
+    with closing(sqlite3.connect(path, timeout=LOCK_TRY, isolation_level=None)) as file:
         file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
 
 

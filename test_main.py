@@ -1704,7 +1704,7 @@ async def test_a_file_of_schema_1_is_migrated(
 async def test_a_migration_that_is_killed_leaves_schema_1(tmp_path: Path) -> None:
     """Wherever it is killed, the file has all its rows, in the old form or in the new."""
     seen = set()
-    command = [sys.executable, "-c", "import sys, main; main.prepare(main.Path(sys.argv[1]), 5)"]
+    command = [sys.executable, "-c", "import sys, main; main.prepare(main.Path(sys.argv[1]))"]
     for turn in range(12):
         database = of_schema_1(tmp_path / f"{turn}.db")
         process = await asyncio.create_subprocess_exec(*command, str(database), cwd=HERE)
@@ -5236,6 +5236,26 @@ async def test_sigterm_lets_requests_in_flight_be_answered(launch: Launch, vpic:
     assert await process.ended() in (0, -signal.SIGTERM)
     with pytest.raises(aiohttp.ClientConnectorError):
         await ask(f"{process.url}/healthz")
+
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["one process", "two workers"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+async def test_a_start_that_waits_for_a_locked_file_can_be_ended(
+    launch: Launch, tmp_path: Path, how: signal.Signals, workers: int
+) -> None:
+    """At once, as a service that has started ends, and without a traceback; no client is told nonsense meanwhile."""
+    fill(tmp_path / "cache.db", 1)
+    with locked(tmp_path / "cache.db"):
+        process = launch("--workers", f"{workers}", vpic_url="")
+        await until(lambda: process.log.read_text().count("Waiting for application startup") == workers)
+        await asyncio.sleep(1)
+        assert "startup complete" not in process.log.read_text()
+        process.signal(how)
+        assert await process.ended(10) in (0, -how)
+    log = process.log.read_text()
+    assert "told to stop while it waited for" in log
+    assert "Traceback" not in log
+    assert "failed" not in log
 
 
 async def test_sigterm_ends_the_process_despite_a_slow_reader(launch: Launch, tmp_path: Path) -> None:
