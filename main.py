@@ -871,6 +871,14 @@ def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
 
     log.filters[:] = [make_discreet]
     log.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").filters[:] = [explain_cancellation]
+
+
+def explain_cancellation(record: logging.LogRecord) -> bool:
+    """A sentence in place of the traceback that uvicorn logs for each request that it cancels at the end."""
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        record.msg, record.args, record.exc_info = "request cut off: --timeout-graceful-shutdown is over", None, None
+    return True
 
 
 Scrape = Callable[[str], tuple[bytes, str]]

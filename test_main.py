@@ -5238,6 +5238,33 @@ async def test_sigterm_lets_requests_in_flight_be_answered(launch: Launch, vpic:
         await ask(f"{process.url}/healthz")
 
 
+UNFINISHED = {
+    "half an upload": ("POST /lookup/batch", "text/plain", 1000, TRUCK),
+    "half of a JSON body": ("POST /lookup/batch", JSON, 1000, '{"vins": ['),
+    "a cold batch": ("POST /lookup/batch", "text/plain", 17, TRUCK),
+    "a lookup": (f"GET /lookup/{TRUCK}", "text/plain", 0, ""),
+}
+
+
+@pytest.mark.parametrize(("route", "kind", "length", "sent"), UNFINISHED.values(), ids=UNFINISHED)
+async def test_what_is_cut_off_at_the_end_is_a_sentence_each(
+    launch: Launch, vpic: PlayedVpic, route: str, kind: str, length: int, sent: str
+) -> None:
+    """Of the requests that are unfinished when the grace period ends the log has no traceback."""
+    vpic.fault = hangs
+    process = await launch("--timeout-graceful-shutdown", "1", offline=False).started()
+    _, writer = await asyncio.open_connection("127.0.0.1", process.port)
+    head = f"{route} HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
+    writer.write((head + sent).encode())
+    await asyncio.sleep(0.5)
+    process.signal(signal.SIGTERM)
+    assert await process.ended() in (0, -signal.SIGTERM)
+    writer.transport.abort()
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert log.count("request cut off: ") == 1
+
+
 @pytest.mark.parametrize("workers", [1, 2], ids=["one process", "two workers"])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 async def test_a_start_that_waits_for_a_locked_file_can_be_ended(
