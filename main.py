@@ -1171,6 +1171,9 @@ REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
 REMOVALS_KEPT = 3600  # seconds
 
+CLOCK = "SELECT unixepoch()"
+CLOCK_TOLERANCE = 60  # seconds that a machine's clock may differ from the store's without a warning
+
 # The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
 BITE = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
@@ -1850,6 +1853,7 @@ class Cache:
         self._store = store
         self._grace = grace
         self._faults: dict[str, str] = {}
+        self._clock_differs = False
         self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
         self._answering: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[str] | None = None
@@ -1952,7 +1956,8 @@ class Cache:
         """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
 
         Raises CacheUnavailable, and then nothing was removed from a file; from a cluster, it may have been."""
-        await self._write(REMOVAL, (vin, time.time_ns()))  # first: from now on no fetching puts it back
+        now = await self._clock() or int(time.time())
+        await self._write(REMOVAL, (vin, now * 10**9))  # first: from now on no fetching puts it back
         return bool(await self._write(REMOVE, (vin,)))
 
     async def removal(self, question: Question) -> int | None:
@@ -1963,16 +1968,38 @@ class Cache:
     async def sweep(self, keep_expired: float) -> None:
         """Now and then, for ever, delete the rows expired for longer than `keep_expired` seconds, in small bites."""
         while True:
-            last, cutoff = "", time.time() - keep_expired
             with suppress(CacheUnavailable):
-                while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
-                    [(upto, expired)] = bite
-                    if expired:
-                        await self._write(SWEEP, (last, upto, cutoff))
-                    last = upto
-                    await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
-                await self._write(FORGET_REMOVALS, (time.time_ns() - REMOVALS_KEPT * 10**9,))
+                if clock := await self._clock():
+                    await self._sweep_once(min(clock, time.time()), keep_expired)  # the store's may be the wrong one
             await asyncio.sleep(min(3600, max(1, keep_expired / 10)))
+
+    async def _sweep_once(self, now: float, keep_expired: float) -> None:
+        last, cutoff = "", now - keep_expired
+        while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
+            [(upto, expired)] = bite
+            if expired:
+                await self._write(SWEEP, (last, upto, cutoff))
+            last = upto
+            await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
+        await self._write(FORGET_REMOVALS, (int(now - REMOVALS_KEPT) * 10**9,))
+
+    async def _clock(self) -> int | None:
+        """The store's clock (unix seconds), or None if it can't be read. What is deleted goes by it, because the clock
+        of one of many machines may be wrong by days; that machine's log says so."""
+        rows = await self._read(CLOCK, ())
+        if not rows:
+            return None
+        clock: int = rows[0][0]
+        ahead = time.time() - clock
+        if (abs(ahead) > CLOCK_TOLERANCE) != self._clock_differs:
+            self._clock_differs = not self._clock_differs
+            if self._clock_differs:
+                log.warning(
+                    "this machine's clock differs from the cache's by %+d s: rows expire too soon or late", ahead
+                )
+            else:
+                log.info("this machine's clock agrees with the cache's again")
+        return clock
 
     async def check(self) -> str:
         """`ok` if the store can be read and written just now, else the reason why not.

@@ -2250,6 +2250,48 @@ async def test_the_whole_journey_is_the_same_on_both(
     assert [*(tmp_path / "temporary").iterdir()] == []
 
 
+class WrongClock:
+    """The module `time` of a machine whose clock is wrong by so many days."""
+
+    def __init__(self, days: float) -> None:
+        self._days = days
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def time(self) -> float:
+        return time.time() + self._days * 86400
+
+    def time_ns(self) -> int:
+        return int(self.time() * 10**9)
+
+
+@BOTH
+async def test_a_wrong_clock_deletes_nothing(
+    start: Start, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither rows nor removals, of which others may need to know; it is told once, and again when it is right."""
+
+    async def swept() -> None:
+        database.sql(f"UPDATE vehicles SET expires_at = unixepoch() - 20 WHERE vin = '{OTHER_TRUCK}'")
+        await until(lambda: database.sql(f"SELECT 1 FROM vehicles WHERE vin = '{OTHER_TRUCK}'") == [])
+
+    async with start(database=database.setting, keep_expired=10) as service:
+        await service.batch([TRUCK, OTHER_TRUCK, FIRE_ENGINE])
+        monkeypatch.setattr(main, "time", WrongClock(100))
+        await swept()
+        assert len(database.sql("SELECT vin FROM vehicles")) == 2
+        monkeypatch.setattr(main, "time", WrongClock(-100))
+        assert (await service.delete(f"/remove/{TRUCK}"))[0] == 200
+        monkeypatch.setattr(main, "time", time)
+        await service.lookup(OTHER_TRUCK)
+        await swept()
+        assert database.sql("SELECT vin FROM vehicles") == [(FIRE_ENGINE,)]
+        assert database.sql("SELECT vin FROM removals") == [(TRUCK,)]
+    assert len(logged(caplog, r"clock differs from the cache's by \+86\d{5} s")) == 1
+    assert len(logged(caplog, "clock agrees with the cache's again", logging.INFO)) == 1
+
+
 @BOTH
 async def test_a_writer_that_leaves_breaks_nothing_off(database: Database) -> None:
     """What it had begun is carried out, also if the store is closed at once."""
