@@ -39,7 +39,9 @@ import math
 import os
 import re
 import secrets
+import signal
 import sqlite3
+import stat
 import sys
 import tempfile
 import time
@@ -815,8 +817,17 @@ log = logging.getLogger("vincache")
 # Without the OpenTelemetry SDK these are empty shells.
 meter = metrics.get_meter("vincache")
 lookups_counter = meter.create_counter("vincache.lookups", description="VINs looked up, by outcome")
-vpic_duration = meter.create_histogram("vincache.vpic.duration", "s", "Duration of calls to vPIC, by outcome")
-store_duration = meter.create_histogram("vincache.store.duration", "s", "Duration of statements, by store and outcome")
+# From a hit on a file to the longest call; OpenTelemetry's own boundaries, 5 to 10,000, are for milliseconds.
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+vpic_duration = meter.create_histogram(
+    "vincache.vpic.duration", "s", "Duration of calls to vPIC, by outcome", explicit_bucket_boundaries_advisory=SECONDS
+)
+store_duration = meter.create_histogram(
+    "vincache.store.duration",
+    "s",
+    "Duration of statements, by store and outcome",
+    explicit_bucket_boundaries_advisory=SECONDS,
+)
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
@@ -824,28 +835,36 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z]{17}(?![0-9A-Za-z])")
 
 
-class OneLine(logging.Formatter):
-    """Plain text, one line an event, whatever comes in from outside or with a traceback."""
+class TextLine(logging.Formatter):
+    """Plain text, one line an event, whatever comes in from outside or with a traceback; times are UTC."""
+
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
 
     def format(self, record: logging.LogRecord) -> str:
         return CONTROL.sub(lambda control: ascii(control[0])[1:-1], super().format(record).rstrip())
 
 
-def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
-    """Give our lines and uvicorn's one form: plain text or JSON, with UTC times. Ours are without credentials, and
-    without VINs if so told."""
-    formatter: logging.Formatter
-    if form == "json":
-        formatter = JsonFormatter(
+class JsonLine(JsonFormatter):
+    """A JSON object, one line an event. README's log.json names it too, for uvicorn's parent process."""
+
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__(
             ["asctime", "levelname", "name", "message"],
             datefmt=UTC_TIME,
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             # Of uvicorn's: the message once more, with terminal colours in it.
             reserved_attrs=[*vars(logging.makeLogRecord({})), "color_message", "message", "asctime"],
         )
-    else:
-        formatter = OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
-    formatter.converter = time.gmtime
+
+
+def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
+    """Give our lines and uvicorn's one form. Ours are without credentials, and without VINs if so told."""
+    formatter = JsonLine() if form == "json" else TextLine()
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(logging.StreamHandler())
@@ -861,11 +880,19 @@ def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
     def make_discreet(record: logging.LogRecord) -> bool:
         record.msg, record.args = discreet(record.getMessage()), None
         if record.exc_info:
-            record.exc_text, record.exc_info = discreet(OneLine().formatException(record.exc_info)), None
+            record.exc_text, record.exc_info = discreet(TextLine().formatException(record.exc_info)), None
         return True
 
     log.filters[:] = [make_discreet]
     log.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").filters[:] = [explain_cancellation]
+
+
+def explain_cancellation(record: logging.LogRecord) -> bool:
+    """A sentence in place of the traceback that uvicorn logs for each request that it cancels at the end."""
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        record.msg, record.args, record.exc_info = "request cut off: --timeout-graceful-shutdown is over", None, None
+    return True
 
 
 Scrape = Callable[[str], tuple[bytes, str]]
@@ -1183,6 +1210,9 @@ REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
 REMOVALS_KEPT = 3600  # seconds
 
+CLOCK = "SELECT unixepoch()"
+CLOCK_TOLERANCE = 60  # seconds that a machine's clock may differ from the store's without a warning
+
 # The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
 BITE = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
@@ -1266,15 +1296,53 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             await task
 
 
+LOCK_TRY = 0.2  # seconds for which a thread waits for a file that somebody holds locked: nothing can break it off
+LOCK_PAUSE = 0.05  # seconds from one try to the next
+
+
+def is_stopping() -> bool:
+    """Whether uvicorn was told to end the process: it notes that at once, but acts on it after the start only."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(server, "should_exit", False) is True
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether somebody else holds a lock: waiting may help."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
+
+
+async def keep_trying(attempt: Callable[[], Awaitable[Taken]], patience: float) -> Taken:
+    """What the attempt returns, which is made again while somebody holds a lock, for so many seconds, and not once the
+    process is to end. Raises what it raises."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience
+    while True:
+        try:
+            return await attempt()
+        except (sqlite3.Error, OSError) as error:
+            if not is_locked(error) or loop.time() > deadline or is_stopping():
+                raise
+        await asyncio.sleep(LOCK_PAUSE)
+
+
 @asynccontextmanager
-async def alone(folder: Path) -> AsyncIterator[None]:
-    """Of all our processes, be the one that opens or retires a file in this folder."""
+async def alone(folder: Path, patience: float) -> AsyncIterator[None]:
+    """Of all our processes, be the one that opens or retires a file in this folder. Raises BlockingIOError if another
+    one does for longer than that."""
     if sys.platform == "win32":  # where a file that somebody has open can't be moved or deleted anyway
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+
+    async def lock() -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(errno.EAGAIN, "another process is opening it") from None
+
     try:
-        await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        await keep_trying(lock, patience)
         yield
     finally:
         os.close(descriptor)
@@ -1342,14 +1410,19 @@ class FileStore:
 
     async def __aenter__(self) -> "FileStore":
         try:
-            async with alone(self._path.resolve().parent):
+            async with alone(self._path.resolve().parent, MIGRATION_PATIENCE):
                 self._file = await self._open(max(START_PATIENCE, self._busy_timeout))
+            log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
         except (sqlite3.Error, OSError) as error:
-            us = f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"  # a mounted folder may be somebody else's
-            raise StartupError(
-                f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}"
-            ) from None
-        log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
+            if is_locked(error) and is_stopping():  # uvicorn ends a service that has started as it should be
+                log.info("told to stop while it waited for %s: %s", self._path, error)
+            else:
+                us = (
+                    f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"
+                )  # a mounted folder may be somebody else's
+                raise StartupError(
+                    f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
+                ) from None
         await self._tasks.enter_async_context(background(self._write_jobs()))
         await self._tasks.enter_async_context(background(self._watch()))
         return self
@@ -1363,29 +1436,29 @@ class FileStore:
     async def _open(self, patience: float) -> OpenFile:
         """Open what is at the path; a damaged file is moved aside for a fresh one."""
         path = self._path.resolve()
-        for last in (False, True):
-            try:
-                # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
-                await asyncio.to_thread(prepare, path, patience)
-                async with AsyncExitStack() as connections:
-                    reader, writer = [
-                        # The timeout stands before any statement. No isolation level: a statement is its own
-                        # transaction unless it is told otherwise, and a cancelled one leaves none open.
-                        await connections.enter_async_context(
-                            aiosqlite.connect(path, timeout=patience, isolation_level=None)
-                        )
-                        for _ in range(2)
-                    ]
-                    for connection in (reader, writer):
-                        await connection.executescript(SCHEMA)
-                    await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
-                    parts = {part: identity(f"{path}{part}") for part in PARTS}
-                    return OpenFile(path, parts, reader, writer, connections.pop_all())
-            except sqlite3.Error as error:
-                if last or not is_damage(error):
-                    raise
-                retire(path, {part: identity(f"{path}{part}") for part in PARTS}, str(error))
-        raise AssertionError
+        try:
+            return await keep_trying(lambda: self._try_to_open(path), patience)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            retire(path, {part: identity(f"{path}{part}") for part in PARTS}, str(error))
+        return await keep_trying(lambda: self._try_to_open(path), patience)
+
+    async def _try_to_open(self, path: Path) -> OpenFile:
+        # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
+        await asyncio.to_thread(prepare, path)
+        async with AsyncExitStack() as connections:
+            reader, writer = [
+                # The timeout stands before any statement. No isolation level: a statement is its own transaction
+                # unless it is told otherwise, and a cancelled one leaves none open.
+                await connections.enter_async_context(aiosqlite.connect(path, timeout=LOCK_TRY, isolation_level=None))
+                for _ in range(2)
+            ]
+            for connection in (reader, writer):
+                await connection.executescript(SCHEMA)
+            await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
+            parts = {part: identity(f"{path}{part}") for part in PARTS}
+            return OpenFile(path, parts, reader, writer, connections.pop_all())
 
     async def _current(self) -> OpenFile:
         """The file, opened anew if what is at the path is no longer it: a ghost is never written to."""
@@ -1401,7 +1474,7 @@ class FileStore:
             self._file = None  # until it is open again, every write tries to
             moved = False
             try:
-                async with alone(self._path.resolve().parent):
+                async with alone(self._path.resolve().parent, self._busy_timeout):
                     if file is not None and damaged:
                         moved = retire(file.path, file.parts, cause)
                     elif file is not None:
@@ -1525,9 +1598,10 @@ async def transact(connection: aiosqlite.Connection, statements: Sequence[Statem
 
 
 START_PATIENCE = 30  # seconds for which a start waits for a file that somebody holds locked
+MIGRATION_PATIENCE = 600  # seconds for which it waits for another process of ours, which may be migrating a large file
 
 
-def prepare(path: Path, patience: float) -> None:
+def prepare(path: Path) -> None:
     """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
 
     Raises sqlite3.Error, and StartupError if the file is a newer one or not ours."""
@@ -1536,11 +1610,31 @@ def prepare(path: Path, patience: float) -> None:
         for part in PARTS[1:]:  # somebody's whose file is gone
             Path(f"{path}{part}").unlink(missing_ok=True)
     sqlite3.connect(path).close()  # makes the file
+    if status is None:
+        share_with_group(path)
     # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=patience)) as file:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCK_TRY)) as file:
         tables = upgrade(str(path), *file.execute(OWNER).fetchone())
-    with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as file:
+    with closing(sqlite3.connect(path, timeout=LOCK_TRY, isolation_level=None)) as file:
         file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
+
+
+def share_with_group(path: Path) -> None:
+    """Let the folder's group write the new file where it may write the folder: a container that runs as another user
+    of that group goes on with it. SQLite gives the -wal and the -shm the same mode."""
+    file, folder = path.stat(), path.parent.stat()
+    if folder.st_mode & stat.S_IWGRP and folder.st_gid == file.st_gid:
+        path.chmod(file.st_mode | stat.S_IRGRP | stat.S_IWGRP)
+
+
+def owners(path: Path) -> str:
+    """For the end of an error: who owns the file and its folder, and their modes, as far as they are there."""
+    told = ""
+    for what, place in (("the file", path), ("its folder", path.parent)):
+        with suppress(OSError):
+            status = place.stat()
+            told += f"; {what} belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
+    return told
 
 
 def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
@@ -1816,6 +1910,7 @@ class Cache:
         self._store = store
         self._grace = grace
         self._faults: dict[str, str] = {}
+        self._clock_differs = False
         self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
         self._answering: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[str] | None = None
@@ -1922,7 +2017,8 @@ class Cache:
 
         Raises CacheUnavailable, and then nothing was removed from a file; from a cluster, it may have been."""
         # One transaction, because a lookup that reads between the two would take the row for one of after the removal.
-        return bool(await self._write((REMOVAL, (vin, time.time_ns())), (REMOVE, (vin,))))
+        now = await self._clock() or int(time.time())
+        return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,))))
 
     async def removal(self, question: Question) -> int | None:
         """Which removal was the last of this VIN."""
@@ -1932,16 +2028,38 @@ class Cache:
     async def sweep(self, keep_expired: float) -> None:
         """Now and then, for ever, delete the rows expired for longer than `keep_expired` seconds, in small bites."""
         while True:
-            last, cutoff = "", time.time() - keep_expired
             with suppress(CacheUnavailable):
-                while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
-                    [(upto, expired)] = bite
-                    if expired:
-                        await self._write((SWEEP, (last, upto, cutoff)))
-                    last = upto
-                    await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
-                await self._write((FORGET_REMOVALS, (time.time_ns() - REMOVALS_KEPT * 10**9,)))
+                if clock := await self._clock():
+                    await self._sweep_once(min(clock, time.time()), keep_expired)  # the store's may be the wrong one
             await asyncio.sleep(min(3600, max(1, keep_expired / 10)))
+
+    async def _sweep_once(self, now: float, keep_expired: float) -> None:
+        last, cutoff = "", now - keep_expired
+        while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
+            [(upto, expired)] = bite
+            if expired:
+                await self._write((SWEEP, (last, upto, cutoff)))
+            last = upto
+            await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
+        await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT) * 10**9,)))
+
+    async def _clock(self) -> int | None:
+        """The store's clock (unix seconds), or None if it can't be read. What is deleted goes by it, because the clock
+        of one of many machines may be wrong by days; that machine's log says so."""
+        rows = await self._read(CLOCK, ())
+        if not rows:
+            return None
+        clock: int = rows[0][0]
+        ahead = time.time() - clock
+        if (abs(ahead) > CLOCK_TOLERANCE) != self._clock_differs:
+            self._clock_differs = not self._clock_differs
+            if self._clock_differs:
+                log.warning(
+                    "this machine's clock differs from the cache's by %+d s: rows expire too soon or late", ahead
+                )
+            else:
+                log.info("this machine's clock agrees with the cache's again")
+        return clock
 
     async def check(self) -> str:
         """`ok` if the store can be read and written just now, else the reason why not.

@@ -44,6 +44,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import cache
 from http.client import HTTPConnection, HTTPSConnection
+from importlib.metadata import requires
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -1087,6 +1088,31 @@ async def test_log_is_one_line_an_event(launch: Launch, vpic: PlayedVpic, form: 
     assert not any(line.startswith("FAKE") for line in lines)
 
 
+async def test_with_workers_readmes_file_gives_all_lines_the_form_of_one_process(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvicorn's parent process, its workers and our own lines have the same keys, in the same order, and UTC times."""
+    [recipe] = re.findall(r"```\n(\{\"version\": 1.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "log.json").write_text(recipe)
+    monkeypatch.setenv("TZ", "JST-9")
+    forms = []
+    for options in ([], ["--workers", "2", "--log-config", "log.json"]):
+        process = await launch(*options, log="json", vpic_url="").started(2 if options else 1)
+        await ask(f"{process.url}/lookup/{TRUCK}")
+        process.signal(signal.SIGTERM)
+        await process.ended()
+        lines = process.log.read_text()
+        assert "\\u001b" not in lines
+        events = [json.loads(line) for line in lines.splitlines()]
+        assert {event["logger"] for event in events} == {"vincache", "uvicorn.error", "uvicorn.access"}
+        assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", event["time"]) for event in events)
+        now = datetime.now(UTC)
+        assert all(now - datetime.fromisoformat(event["time"]) < timedelta(minutes=10) for event in events)
+        forms.append({tuple(event) for event in events})
+    assert forms == [{("time", "level", "logger", "message")}] * 2
+    assert "parent process" in lines
+
+
 async def test_log_has_a_line_per_failed_call_and_per_turn_of_the_breaker(
     start: Start, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1209,7 +1235,6 @@ asyncio.run(go())
 
 def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
     """Lookups by outcome, the duration of calls by outcome and the breaker's state reach OpenTelemetry's reader."""
-    pytest.importorskip("opentelemetry.sdk")
     # A process of its own: the provider of a process can be set only once.
     command = [sys.executable, "-c", METERED, str(tmp_path)]
     ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
@@ -1242,7 +1267,6 @@ def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
 
 async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """FASTAPI_OTEL_AUTO_CONFIGURE and an endpoint are all it takes; lookups, spans and HTTP metrics arrive."""
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     received: dict[str, bytes] = {}
@@ -1277,8 +1301,8 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
 
 async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
     """Ours and FastAPI's, in Prometheus' form, behind the key; unless told, there is no such thing."""
-    pytest.importorskip("opentelemetry.exporter.prometheus")
     process, without = launch(metrics=True, api_key="crown"), launch()
+    vpic.delay = 0.3
     async with process.serving(vpic) as service:
         for _ in range(2):
             await service.lookup(TRUCK)
@@ -1294,8 +1318,36 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
         r'http_server_request_duration_seconds_count\{.*http_route="/lookup".*\} ',
     ):
         assert re.search(pattern, told), pattern
+    assert 0.25 < quantile(told, "vincache_vpic_duration_seconds", 0.99) < 3
+    assert 0 < quantile(told, "vincache_store_duration_seconds", 0.5) < 0.5
     async with without.serving(vpic) as service:
         assert (await service.get("/metrics"))[0] == 404
+
+
+def test_the_image_has_what_every_setting_needs() -> None:
+    """The image installs what stands above a line of requirements.txt: there is what telemetry and other settings need,
+    which a start without them does not import."""
+    [line] = re.findall(r"sed '/\^(.+)/,\$d' requirements.txt", (HERE / "Dockerfile").read_text())
+    service, _, tests = (HERE / "requirements.txt").read_text().partition(f"\n{line}")
+    installed = set(re.findall(r"^([\w-]+)", service, re.MULTILINE))
+    telemetry = [need for need in requires("fastapi") or [] if need.endswith('extra == "opentelemetry"')]
+    needed = {re.split(r"[^\w-]", need)[0] for need in telemetry}
+    assert len(needed) >= 2
+    needed |= {"opentelemetry-exporter-prometheus", "python-json-logger", "redis", "ultravin"}
+    assert needed - installed == set()
+    assert "pytest" in tests
+
+
+def quantile(told: str, name: str, part: float) -> float:
+    """What Prometheus' histogram_quantile makes of a histogram: within a bucket, it takes all to be spread evenly."""
+    counts: dict[float, float] = {}
+    for bound, count in re.findall(rf'{name}_bucket\{{.*le="([^"]+)".*\}} (\S+)', told):
+        counts[float(bound)] = counts.get(float(bound), 0) + float(count)
+    rank = part * counts[float("inf")]
+    bounds = sorted(counts)
+    place = next(place for place, bound in enumerate(bounds) if counts[bound] >= rank)
+    below, before = (bounds[place - 1], counts[bounds[place - 1]]) if place else (0, 0)
+    return below + (bounds[place] - below) * (rank - before) / (counts[bounds[place]] - before)
 
 
 # ======================================================================================================================
@@ -1661,7 +1713,7 @@ async def test_a_file_of_schema_1_is_migrated(
 async def test_a_migration_that_is_killed_leaves_schema_1(tmp_path: Path) -> None:
     """Wherever it is killed, the file has all its rows, in the old form or in the new."""
     seen = set()
-    command = [sys.executable, "-c", "import sys, main; main.prepare(main.Path(sys.argv[1]), 5)"]
+    command = [sys.executable, "-c", "import sys, main; main.prepare(main.Path(sys.argv[1]))"]
     for turn in range(12):
         database = of_schema_1(tmp_path / f"{turn}.db")
         process = await asyncio.create_subprocess_exec(*command, str(database), cwd=HERE)
@@ -1858,9 +1910,26 @@ async def test_a_control_character_does_not_spoil_the_export(start: Start, vpic:
         assert [*(await read_export(service))["model"]] == ["3\x1f8\x1f8"]
 
 
+async def test_the_wal_gives_back_what_it_grew_by(tmp_path: Path) -> None:
+    """It grows while somebody reads an old state, and shrinks with the writes that follow, without a restart."""
+    wal = tmp_path / "cache.db-wal"
+    async with main.FileStore(tmp_path / "cache.db", 5) as store:
+        with closing(sqlite3.connect(tmp_path / "cache.db", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM vehicles").fetchall()
+            for vin in trucks(16):
+                rows = json.dumps([(*record(vin, attributes=json.dumps({"Note": "x" * 10**6})), None)])
+                await store.write(main.STORE, (rows,))
+            assert wal.stat().st_size > 15 * 10**6
+        for _ in range(3):
+            await store.write(main.PROBE, ())
+        assert wal.stat().st_size <= 8 * 2**20
+
+
 # Root may do everything; without these two rights it may do what the file's mode says, as anybody.
 AS_ANYBODY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 BY_US = f"cannot be opened and written by uid {os.geteuid()}: "
+OURS = f"belongs to {os.geteuid()}:{os.getegid()}"
 NEEDS_SETPRIV = pytest.mark.skipif(bool(AS_ANYBODY and not shutil.which("setpriv")), reason="no setpriv for root")
 
 
@@ -1873,8 +1942,10 @@ NEEDS_SETPRIV = pytest.mark.skipif(bool(AS_ANYBODY and not shutil.which("setpriv
         pytest.param(lambda folder: folder / "none" / "cache.db", "cannot be opened", id="no such folder"),
         pytest.param(lambda folder: folder, "cannot be opened", id="a folder"),
         pytest.param(lambda _: Path("/proc/cache.db"), "cannot be opened", id="no file can be there"),
-        pytest.param(without_right_to_folder, BY_US, id="no right to folder", marks=NEEDS_SETPRIV),
-        pytest.param(without_right_to_file, BY_US, id="no right to file", marks=NEEDS_SETPRIV),
+        pytest.param(
+            without_right_to_folder, f"its folder {OURS}, mode 0555", id="no right to folder", marks=NEEDS_SETPRIV
+        ),
+        pytest.param(without_right_to_file, f"the file {OURS}, mode 0444", id="no right to file", marks=NEEDS_SETPRIV),
     ],
 )
 async def test_a_file_that_cannot_be_the_cache_stops_the_start_untouched(
@@ -1891,7 +1962,42 @@ async def test_a_file_that_cannot_be_the_cache_stops_the_start_untouched(
     [sentence] = [line for line in process.log.read_text().splitlines()[-2:] if "exiting" not in line.lower()]
     assert f" {database} " in sentence
     assert reason in sentence
+    assert (BY_US in sentence) == ("cannot be opened" in sentence)
     assert (database.read_bytes() if database.is_file() else b"") == before
+
+
+@pytest.mark.parametrize(("folder_mode", "mode"), [(0o775, 0o664), (0o755, 0o644)], ids=["shared", "not shared"])
+async def test_a_new_file_is_its_groups_where_the_folder_is(tmp_path: Path, folder_mode: int, mode: int) -> None:
+    """Whatever the umask says; the -wal and the -shm are, too, and a fresh file in place of a damaged one."""
+    tmp_path.chmod(folder_mode)
+    database = tmp_path / "cache.db"
+    async with main.FileStore(database, 1) as store:
+        for cause in ("", "played"):
+            if cause:
+                await store.doubt(cause)
+            await store.write(main.PROBE, ())
+            assert [Path(f"{database}{part}").stat().st_mode & 0o777 for part in main.PARTS] == [mode] * 3
+
+
+def as_user(uid: int) -> list[str]:
+    """Run as this user of group 0, who may read and search everything, as test environments are in root's folders."""
+    kept = "=-all,+dac_read_search"
+    return ["setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups", f"--inh-caps{kept}", f"--ambient-caps{kept}"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root may be others, by setpriv")
+async def test_another_user_of_the_group_goes_on_with_the_file(launch: Launch, tmp_path: Path) -> None:
+    """As on platforms that give each container a user of their own choice, in group 0; also after a kill."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    os.chown(folder, 10001, 0)
+    folder.chmod(0o775)
+    for uid, cached in ((10001, False), (1_000_620_000, True), (10001, True)):
+        process = await launch(through=as_user(uid), database=folder / "cache.db", vpic_url="").started()
+        assert (await ask(f"{process.url}/lookup/{TRUCK}"))[1]["cached_result"] is cached
+        assert (await ask(f"{process.url}/readyz"))[0] == 200
+        process.signal(signal.SIGKILL)
+        await process.ended()
 
 
 # ======================================================================================================================
@@ -2170,6 +2276,48 @@ async def test_the_whole_journey_is_the_same_on_both(
         await until(lambda: database.sql("SELECT vin FROM vehicles") == [(TRUCK,)])
         assert database.sql("SELECT vin FROM attributes WHERE vin <> ''") == [(TRUCK,)]
     assert [*(tmp_path / "temporary").iterdir()] == []
+
+
+class WrongClock:
+    """The module `time` of a machine whose clock is wrong by so many days."""
+
+    def __init__(self, days: float) -> None:
+        self._days = days
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def time(self) -> float:
+        return time.time() + self._days * 86400
+
+    def time_ns(self) -> int:
+        return int(self.time() * 10**9)
+
+
+@BOTH
+async def test_a_wrong_clock_deletes_nothing(
+    start: Start, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither rows nor removals, of which others may need to know; it is told once, and again when it is right."""
+
+    async def swept() -> None:
+        database.sql(f"UPDATE vehicles SET expires_at = unixepoch() - 20 WHERE vin = '{OTHER_TRUCK}'")
+        await until(lambda: database.sql(f"SELECT 1 FROM vehicles WHERE vin = '{OTHER_TRUCK}'") == [])
+
+    async with start(database=database.setting, keep_expired=10) as service:
+        await service.batch([TRUCK, OTHER_TRUCK, FIRE_ENGINE])
+        monkeypatch.setattr(main, "time", WrongClock(100))
+        await swept()
+        assert len(database.sql("SELECT vin FROM vehicles")) == 2
+        monkeypatch.setattr(main, "time", WrongClock(-100))
+        assert (await service.delete(f"/remove/{TRUCK}"))[0] == 200
+        monkeypatch.setattr(main, "time", time)
+        await service.lookup(OTHER_TRUCK)
+        await swept()
+        assert database.sql("SELECT vin FROM vehicles") == [(FIRE_ENGINE,)]
+        assert database.sql("SELECT vin FROM removals") == [(TRUCK,)]
+    assert len(logged(caplog, r"clock differs from the cache's by \+86\d{5} s")) == 1
+    assert len(logged(caplog, "clock agrees with the cache's again", logging.INFO)) == 1
 
 
 @BOTH
@@ -6144,6 +6292,54 @@ async def test_sigterm_lets_requests_in_flight_be_answered(launch: Launch, vpic:
     assert await process.ended() in (0, -signal.SIGTERM)
     with pytest.raises(aiohttp.ClientConnectorError):
         await ask(f"{process.url}/healthz")
+
+
+UNFINISHED = {
+    "half an upload": ("POST /lookup/batch", "text/plain", 1000, TRUCK),
+    "half of a JSON body": ("POST /lookup/batch", JSON, 1000, '{"vins": ['),
+    "a cold batch": ("POST /lookup/batch", "text/plain", 17, TRUCK),
+    "a lookup": (f"GET /lookup/{TRUCK}", "text/plain", 0, ""),
+}
+
+
+@pytest.mark.parametrize(("route", "kind", "length", "sent"), UNFINISHED.values(), ids=UNFINISHED)
+async def test_what_is_cut_off_at_the_end_is_a_sentence_each(
+    launch: Launch, vpic: PlayedVpic, route: str, kind: str, length: int, sent: str
+) -> None:
+    """Of the requests that are unfinished when the grace period ends the log has no traceback."""
+    vpic.fault = hangs
+    process = await launch("--timeout-graceful-shutdown", "1", offline=False).started()
+    _, writer = await asyncio.open_connection("127.0.0.1", process.port)
+    head = f"{route} HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
+    writer.write((head + sent).encode())
+    assert (await ask(f"{process.url}/healthz"))[0] == 200  # it came later, so the other one has come
+    await asyncio.sleep(0.2)
+    process.signal(signal.SIGTERM)
+    assert await process.ended() in (0, -signal.SIGTERM)
+    writer.transport.abort()
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert log.count("request cut off: ") == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["one process", "two workers"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+async def test_a_start_that_waits_for_a_locked_file_can_be_ended(
+    launch: Launch, tmp_path: Path, how: signal.Signals, workers: int
+) -> None:
+    """At once, as a service that has started ends, and without a traceback; no client is told nonsense meanwhile."""
+    fill(tmp_path / "cache.db", 1)
+    with locked(tmp_path / "cache.db"):
+        process = launch("--workers", f"{workers}", vpic_url="")
+        await until(lambda: process.log.read_text().count("Waiting for application startup") == workers)
+        await asyncio.sleep(1)
+        assert "startup complete" not in process.log.read_text()
+        process.signal(how)
+        assert await process.ended(10) in (0, -how)
+    log = process.log.read_text()
+    assert "told to stop while it waited for" in log
+    assert "Traceback" not in log
+    assert "failed" not in log
 
 
 async def test_sigterm_ends_the_process_despite_a_slow_reader(launch: Launch, tmp_path: Path) -> None:
