@@ -932,15 +932,94 @@ async def open_metrics(wanted: bool) -> AsyncIterator[Scrape | None]:
 
 
 # ======================================================================================================================
+# Shared mechanisms: what to do about a thing that fails for a while, and about work that must not end with its caller.
+# ======================================================================================================================
+
+
+Result = TypeVar("Result")
+
+
+class Outage:
+    """A thing that many callers use, and that may fail for a while.
+
+    The log says once that it fails, and once that it works again. Meanwhile it is left alone for `rest_s` seconds at a
+    time: then one caller finds out whether it works again."""
+
+    def __init__(self, begins: str, ends: str, rest_s: float = 0) -> None:
+        self._begins = begins  # a line for the log, with %s for the reason
+        self._ends = ends  # a line for the log
+        self._rest_s = rest_s
+        self.reason = ""  # why it fails; empty: it works
+        self._try_at = 0.0  # while it fails: when a caller may try it again (monotonic)
+
+    def may_try(self) -> bool:
+        """Whether the caller may use it now. If it fails, this caller finds out, and the others wait for that."""
+        if not self.reason:
+            return True
+        if time.monotonic() < self._try_at:
+            return False
+        self._try_at = time.monotonic() + self._rest_s
+        return True
+
+    def begin(self, reason: str) -> None:
+        """It failed."""
+        if not self.reason:
+            log.warning(self._begins, reason)
+        self.reason, self._try_at = reason, time.monotonic() + self._rest_s
+
+    def end(self) -> None:
+        """It worked."""
+        if self.reason:
+            log.info(self._ends)
+            self.reason = ""
+
+
+class Tasks:
+    """Work that goes on if the caller that waits for it leaves."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """Begin the work. If it fails and nobody waits for it, the log has the error."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Begin the work and wait for it."""
+        return await asyncio.shield(self.start(work))
+
+    async def finish(self, cancel: bool = False) -> None:
+        """Wait until all work is done, or cancel it."""
+        for task in self._tasks if cancel else ():
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `work` beside the body, and cancel it at the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+# ======================================================================================================================
 # Rates: how often a thing may happen, counted in this process by a clock that nobody sets, or in a storage that several
 # processes share. Whatever that storage does, it never costs an answer.
 # ======================================================================================================================
 
-STORAGE_PATIENCE = 1  # seconds; a storage that is silent for so long fails
-STORAGE_REST = 5  # seconds for which a failing storage is left alone
-
-
-Taken = TypeVar("Taken")
+STORAGE_TIMEOUT_S = 1  # a storage that does not answer within this time fails
+STORAGE_REST_S = 5  # a storage that fails is left alone for this time
 
 
 class FixedWindow:
@@ -986,7 +1065,11 @@ class Rates:
         self._vpic_limit = RateLimitItemPerMinute(vpic_rate)
         self._vpic_window = MovingWindow(RateLimitItemPerMinute(max(1, vpic_rate // nodes)))
         self._windows: defaultdict[str, FixedWindow] = defaultdict(FixedWindow)
-        self._rest_ends, self._failing = 0.0, False
+        self._outage = Outage(
+            "VINCACHE_RATE_STORAGE fails (%s): clients are not counted, vPIC's calls by each for itself",
+            "VINCACHE_RATE_STORAGE answers again",
+            STORAGE_REST_S,
+        )
         self._storage: Storage | None = None
         if url != "async+memory://":
             try:
@@ -1045,29 +1128,19 @@ class Rates:
                 return wait
         return self._vpic_window.take()
 
-    async def _shared(self, work: Callable[[], Awaitable[Taken]]) -> Taken | None:
-        """What the storage says; None while it fails, and for some seconds after that nobody asks it."""
-        if time.monotonic() < self._rest_ends:
+    async def _shared(self, work: Callable[[], Awaitable[Result]]) -> Result | None:
+        """What the storage says, or None while it fails."""
+        if not self._outage.may_try():
             return None
-        if self._failing:
-            self._rest_ends = time.monotonic() + STORAGE_REST  # one finds out whether it is there again
         try:
-            async with asyncio.timeout(STORAGE_PATIENCE):
+            async with asyncio.timeout(STORAGE_TIMEOUT_S):
                 taken = await work()
         except TypeError:
             raise
         except Exception as error:  # noqa: BLE001 - a client library's: it may be anything, and must not cost an answer
-            self._rest_ends = time.monotonic() + STORAGE_REST
-            if not self._failing:
-                why = str(error) or "no answer"
-                log.warning(
-                    "VINCACHE_RATE_STORAGE fails (%s): clients are not counted, vPIC's calls by each for itself", why
-                )
-            self._failing = True
+            self._outage.begin(str(error) or "no answer")
             return None
-        if self._failing:
-            log.info("VINCACHE_RATE_STORAGE answers again")
-        self._rest_ends, self._failing = 0.0, False
+        self._outage.end()
         return taken
 
 
@@ -1284,18 +1357,6 @@ def is_damage(error: BaseException) -> bool:
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-@asynccontextmanager
-async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `work` beside the body."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
 LOCK_TRY = 0.2  # seconds for which a thread waits for a file that somebody holds locked: nothing can break it off
 LOCK_PAUSE = 0.05  # seconds from one try to the next
 
@@ -1312,7 +1373,7 @@ def is_locked(error: BaseException) -> bool:
     return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
 
 
-async def keep_trying(attempt: Callable[[], Awaitable[Taken]], patience: float) -> Taken:
+async def keep_trying(attempt: Callable[[], Awaitable[Result]], patience: float) -> Result:
     """What the attempt returns, which is made again while somebody holds a lock, for so many seconds, and not once the
     process is to end. Raises what it raises."""
     loop = asyncio.get_running_loop()
@@ -1649,50 +1710,54 @@ def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
     return True
 
 
-CLUSTER_PATIENCE = 4  # seconds for a statement: an election is over by then
-CLUSTER_ATTEMPT = 0.5  # seconds of them for one node: it may hang, or pass on to one that does
-CLUSTER_HASTE = 0.1  # seconds for a statement after one that was given up, until one is carried out
-CLUSTER_PAUSE = 0.05  # seconds that a round takes at least
-BACKUP_PATIENCE = 30  # seconds: a node makes one backup at a time
-
-Result = dict[str, Any]
+CLUSTER_TIMEOUT_S = 4  # of a statement: an election is over by then
+CLUSTER_ATTEMPT_S = 0.5  # of it, for each node: a node may hang, or forward to a leader that hangs
+CLUSTER_ROUND_S = 0.05  # that a round over all nodes takes at least
+BACKUP_TIMEOUT_S = 30  # a node makes one backup at a time
 
 
 class NoAnswer(Exception):
-    """A node did not say that it has carried a statement out; if it `got` the statement, it may have all the same."""
+    """A node did not say that it has carried out a statement. If it `received` the statement, it may have done so."""
 
-    def __init__(self, why: str, got: bool = True) -> None:
+    def __init__(self, why: str, received: bool = True) -> None:
         super().__init__(why)
-        self.got = got
+        self.received = received
 
 
 class Refused(StoreFault):
-    """No node will have us: waiting does not help."""
+    """The cluster refuses our user, which waiting does not mend."""
 
 
 class ClusterStore:
-    """An rqlite cluster (https://rqlite.io/docs/api/); use as `async with`. Raises StartupError if it won't have us, or
-    isn't ours; if it can't be reached, it is opened later.
+    """An rqlite cluster (https://rqlite.io/docs/api/). Use it as `async with`. Raises StartupError if the cluster
+    refuses our user or holds a database that is not ours.
 
-    Every node passes a statement on to the leader. One rule holds for whatever happens to them: stay with the node that
-    answered last, else go round. So a statement may be carried out twice, or when it was given up long ago; all of ours
-    may, but that what was removed is not told a second time."""
+    Every node forwards a statement to the leader. A statement stays with the node that answered last; if that does not
+    answer, it goes round. So a statement may be carried out twice, or long after it was given up. That is safe for all
+    our statements; only DELETE ... RETURNING would then wrongly say that no row was there.
+
+    | state  | what happens                                                | then                                   |
+    |--------|-------------------------------------------------------------|----------------------------------------|
+    | open   | a node does not answer within CLUSTER_ATTEMPT_S             | the next node is asked                 |
+    |        | no node has answered within CLUSTER_TIMEOUT_S               | closed                                 |
+    |        | a table is missing, because somebody emptied the database   | closed                                 |
+    | closed | a statement comes                                           | it fails at once                       |
+    |        | a second has passed                                         | `_open` looks, makes tables: open      |
+    """
 
     name = "rqlite"
 
     def __init__(self, address: ClusterAddress) -> None:
-        self._nodes = deque(address.nodes)
+        self._nodes = deque(address.nodes)  # the one that answered last is the first
         self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
         self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
-        self._patience: float = CLUSTER_PATIENCE
-        self._closed = "it is not open"  # why it is; empty: it is open
-        self._opening: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._fault = "it is not open"  # why it is closed; empty: it is open
+        self._writes = Tasks()
         self._resources = AsyncExitStack()
 
     async def __aenter__(self) -> "ClusterStore":
         async with AsyncExitStack() as resources:
-            # Not vPIC's, which believes in proxies. Each attempt has a deadline of its own.
+            # A session of its own, because vPIC's goes through a proxy. Each attempt has a deadline of its own.
             self._session = await resources.enter_async_context(
                 aiohttp.ClientSession(
                     auth=self._auth,
@@ -1703,12 +1768,12 @@ class ClusterStore:
                 )
             )
             try:
-                await self._open(self._patience)
+                await self._open(CLUSTER_TIMEOUT_S)
             except Refused as fault:
                 raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
             except StoreFault as fault:
-                self._closed = str(fault)  # the first statement tells of it
-            resources.push_async_callback(self._finish)
+                self._fault = str(fault)  # the first statement tells of it, `_watch` tries again
+            resources.push_async_callback(self._writes.finish)
             await resources.enter_async_context(background(self._watch()))
             self._resources = resources.pop_all()
         return self
@@ -1716,57 +1781,39 @@ class ClusterStore:
     async def __aexit__(self, *_: object) -> None:
         await self._resources.aclose()
 
-    async def _finish(self) -> None:
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _open(self, patience: float) -> None:
+    async def _open(self, seconds: float) -> None:
+        """Make the cluster's database ours, if it is empty or an older one. Raises StoreFault, and StartupError."""
         for last in (False, True):
-            [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[OWNER]], patience)
+            [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[OWNER]], seconds)
             script = GUARD % version + upgrade(self._hosts, application, version, objects)
             if application == APPLICATION_ID and version < SCHEMA_VERSION:
-                patience = START_PATIENCE  # all rows are written anew
+                seconds = START_PATIENCE  # all rows are written anew
             try:
-                await self._ask("execute?transaction", [[statement] for statement in statements(script)], patience)
+                await self._ask("execute?transaction", [[statement] for statement in statements(script)], seconds)
                 break
             except StoreFault as fault:
                 if last or "CHECK" not in str(fault):
                     raise
-        self._closed = ""
+        self._fault = ""
         log.info("cache opened: rqlite, %s", self._hosts)
 
-    async def _open_again(self) -> None:
-        try:
-            await self._open(CLUSTER_ATTEMPT)
-        except StoreFault as fault:
-            self._closed = str(fault)
-        except StartupError:
-            self._closed = "another database is in its place"
-
-    async def _opened(self) -> None:
-        """Wait until it is open; who comes meanwhile shares the attempt. Raises StoreFault."""
-        if self._closed:
-            if self._opening is None or self._opening.done():
-                self._opening = self._begin(self._open_again())
-            await asyncio.wait([self._opening])
-            if self._closed:
-                raise StoreFault(self._closed)
-
     async def _watch(self) -> None:
-        """Notice soon that it is there again, even if nobody asks, or all ask in too much haste."""
+        """While the cluster is closed, try each second to open it."""
         while True:
             await asyncio.sleep(1)
-            with suppress(StoreFault):
-                if self._closed:
-                    await self._opened()
-                elif self._patience < CLUSTER_PATIENCE:
-                    await self._ask("query?level=weak", [[OWNER]], CLUSTER_ATTEMPT)
+            if not self._fault:
+                continue
+            try:
+                await self._open(CLUSTER_ATTEMPT_S)
+            except StoreFault as fault:
+                self._fault = str(fault)
+            except StartupError:
+                self._fault = "another database is in its place"
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, as the leader has them. Raises StoreFault."""
-        if self._closed:
-            raise StoreFault(self._closed)
         given = [parameters] if isinstance(parameters, dict) else parameters
-        [rows], _ = await self._ask("query?level=weak", [[statement, *given]], self._patience)
+        [rows], _ = await self._ask_if_open("query?level=weak", [[statement, *given]])
         return rows
 
     async def write(self, *statements: Statement) -> Rows:
@@ -1774,28 +1821,25 @@ class ClusterStore:
 
         Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
         breaks nothing off."""
-        return await asyncio.shield(self._begin(self._write(statements)))
-
-    def _begin(self, work: Coroutine[Any, Any, Taken]) -> asyncio.Task[Taken]:
-        """A task that is done before the store is closed."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return await self._writes.run(self._write(statements))
 
     async def _write(self, statements: Sequence[Statement]) -> Rows:
-        await self._opened()
         given = [[statement, *parameters] for statement, parameters in statements]
-        [*_, rows], again = await self._ask("execute?transaction", given, self._patience)
+        [*_, rows], again = await self._ask_if_open("execute?transaction", given)
         if again and not rows and "RETURNING" in statements[-1][0]:
             raise StoreFault("it may have been done before")
         return rows
 
-    async def _ask(self, path: str, given: list[list[Any]], patience: float) -> tuple[list[Rows], bool]:
+    async def _ask_if_open(self, path: str, given: list[list[Any]]) -> tuple[list[Rows], bool]:
+        if self._fault:
+            raise StoreFault(self._fault)
+        return await self._ask(path, given, CLUSTER_TIMEOUT_S)
+
+    async def _ask(self, path: str, given: list[list[Any]], seconds: float) -> tuple[list[Rows], bool]:
         """The rows of each statement, and whether they may have been carried out before. Raises StoreFault."""
         loop, body = asyncio.get_running_loop(), json.dumps(given).encode()
-        attempt = patience if patience > CLUSTER_PATIENCE else min(CLUSTER_ATTEMPT, patience)
-        deadline, again, reasons = loop.time() + patience, False, dict[str, None]()
+        attempt = seconds if seconds > CLUSTER_TIMEOUT_S else CLUSTER_ATTEMPT_S
+        deadline, again, reasons = loop.time() + seconds, False, dict[str, None]()
         while True:
             node = self._nodes[0]
             try:
@@ -1803,51 +1847,50 @@ class ClusterStore:
                     results = await self._attempt(f"{node}/db/{path}&timeout={attempt}s", body)
                 break
             except (NoAnswer, TimeoutError) as fault:
-                again |= not isinstance(fault, NoAnswer) or fault.got
+                again |= not isinstance(fault, NoAnswer) or fault.received
                 reasons[str(fault) or "no answer in time"] = None
-            if not await self._go_on(node, deadline):
-                self._patience = CLUSTER_HASTE
-                raise StoreFault(", ".join(reasons))
-        self._patience = CLUSTER_PATIENCE
+            if not await self._has_time_for_next(node, deadline):
+                self._fault = ", ".join(reasons)
+                raise StoreFault(self._fault)
         for result in results:
             if why := result.get("error"):  # SQLite's
                 if "no such table" in why:
-                    self._closed = why
+                    self._fault = why
                 raise StoreFault(why)
         return [[*map(tuple, result.get("values", ()))] for result in results], again
 
-    async def _go_on(self, node: str, deadline: float) -> bool:
-        """Leave the node, unless somebody else has done so, for the next one; whether there is time to ask it."""
+    async def _has_time_for_next(self, node: str, deadline: float) -> bool:
+        """Go on to the next node, unless another statement has done so. Whether there is time to ask it."""
         if self._nodes[0] == node:
             self._nodes.rotate(-1)
-        await asyncio.sleep(CLUSTER_PAUSE / len(self._nodes))
-        return asyncio.get_running_loop().time() + CLUSTER_PAUSE < deadline
+        await asyncio.sleep(CLUSTER_ROUND_S / len(self._nodes))
+        return asyncio.get_running_loop().time() + CLUSTER_ROUND_S < deadline
 
-    async def _attempt(self, url: str, body: bytes) -> list[Result]:
+    async def _attempt(self, url: str, body: bytes) -> list[dict[str, Any]]:
         """What a node says of each statement. Raises NoAnswer, and Refused."""
         try:
-            # A redirected POST would become a GET.
+            # No redirects, because a redirected POST would become a GET.
             async with self._session.post(url, data=body, allow_redirects=False) as response:
                 if response.status == 401:
                     raise Refused("user or password refused, or without the right to query and execute")
                 if response.status != 200:
                     raise NoAnswer("no leader" if response.status == 503 else f"status {response.status}")
-                told = json.loads(await response.read())
+                answer = json.loads(await response.read())
         except aiohttp.ClientConnectorError as error:
             why = "not trusted" if isinstance(error, aiohttp.ClientSSLError) else "not reached"
-            raise NoAnswer(why, got=False) from None
+            raise NoAnswer(why, received=False) from None
         except aiohttp.ClientError:
             raise NoAnswer("broken off") from None
         except ValueError:
             raise NoAnswer("no JSON") from None
-        if not isinstance(told, dict) or "error" in told or not told.get("results"):  # the cluster's own error
+        if not isinstance(answer, dict) or "error" in answer or not answer.get("results"):  # the cluster's own error
             raise NoAnswer("not agreed")
-        return cast(list[Result], told["results"])
+        return cast(list[dict[str, Any]], answer["results"])
 
     @asynccontextmanager
     async def copy(self) -> AsyncIterator[str]:
         """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
-        await self._ask("query?level=weak", [[OWNER]], self._patience)  # of a node that hangs it knows sooner
+        await self._ask_if_open("query?level=weak", [[OWNER]])  # so a node that hangs is passed by
         try:
             temporary = tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True)
         except OSError as error:
@@ -1858,8 +1901,8 @@ class ClusterStore:
             yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
 
     async def _back_up(self, path: Path) -> None:
-        deadline = asyncio.get_running_loop().time() + BACKUP_PATIENCE
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CLUSTER_ATTEMPT, sock_read=BACKUP_PATIENCE)
+        deadline = asyncio.get_running_loop().time() + BACKUP_TIMEOUT_S
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CLUSTER_ATTEMPT_S, sock_read=BACKUP_TIMEOUT_S)
         while True:
             node = self._nodes[0]
             try:
@@ -1876,7 +1919,7 @@ class ClusterStore:
                 why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
             except OSError as error:  # of our disk
                 raise StoreFault(reason(error)) from error
-            if not await self._go_on(node, deadline):
+            if not await self._has_time_for_next(node, deadline):
                 raise StoreFault(why)
 
     async def doubt(self, cause: str) -> None:
@@ -1909,21 +1952,16 @@ class Cache:
     def __init__(self, store: Store, grace: float) -> None:
         self._store = store
         self._grace = grace
-        self._faults: dict[str, str] = {}
+        self._reading, self._writing = [
+            Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
+            for done in ("read", "written")
+        ]
         self._clock_differs = False
         self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
         self._answering: asyncio.Task[None] | None = None
+        self._checks = Tasks()
         self._checking: asyncio.Task[str] | None = None
         self._checked_at = -math.inf
-
-    def _fault(self, kind: Literal["read", "written"], why: str) -> None:
-        if kind not in self._faults:
-            log.warning("cache cannot be %s (%s): answers go on without it", kind, why)
-        self._faults[kind] = why
-
-    def _no_fault(self, kind: Literal["read", "written"]) -> None:
-        if self._faults.pop(kind, None):
-            log.info("cache can be %s again", kind)
 
     async def _timed(self, work: Awaitable[Rows]) -> Rows:
         started, outcome = time.perf_counter(), "failed"
@@ -1939,19 +1977,18 @@ class Cache:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 rows = await self._timed(self._store.read(statement, parameters))
         except (StoreFault, TimeoutError) as fault:
-            self._fault("read", str(fault) or "no answer in time")
+            self._reading.begin(str(fault) or "no answer in time")
             return []
-        if self._faults:
-            self._no_fault("read")
+        self._reading.end()
         return rows
 
     async def _write(self, *statements: Statement) -> Rows:
         try:
             rows = await self._timed(self._store.write(*statements))
         except StoreFault as fault:
-            self._fault("written", str(fault))
+            self._writing.begin(str(fault))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
-        self._no_fault("written")
+        self._writing.end()
         return rows
 
     def hit(self, question: Question) -> asyncio.Future[Answer | None]:
@@ -2002,7 +2039,7 @@ class Cache:
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
         """Insert or replace the rows, each unless there was another removal than the one given; if that fails, they
-        are not cached. Returns within the store's patience: `busy_timeout` or CLUSTER_PATIENCE."""
+        are not cached. Returns within the store's patience: `busy_timeout` or CLUSTER_TIMEOUT_S."""
         rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
             await self._write((STORE, (rows,)))
@@ -2066,7 +2103,7 @@ class Cache:
 
         However many ask, one finds out at a time, and what it found holds for a second."""
         if self._checking is None or (self._checking.done() and time.monotonic() > self._checked_at + 1):
-            self._checking = asyncio.create_task(self._check())
+            self._checking = self._checks.start(self._check())
         return await asyncio.shield(self._checking)
 
     async def _check(self) -> str:
@@ -2074,7 +2111,8 @@ class Cache:
             await self._write((PROBE, ()))
         await self._read(REMOVED_AT, ("",))
         self._checked_at = time.monotonic()
-        return "; ".join(f"cannot be {kind}: {why}" for kind, why in self._faults.items()) or "ok"
+        outages = {"written": self._writing.reason, "read": self._reading.reason}
+        return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
     def copy(self) -> AbstractAsyncContextManager[str]:
         """For an export: the URI of a database with all that was stored before. Raises StoreFault."""
