@@ -4517,7 +4517,7 @@ class SimulatedVpic:
             complain("more calls in a minute than VPIC_RATE")
         for other in self.under_way:
             for question in other.questions & call.questions:
-                if not self._simulation.may_ask_beside(other, question):
+                if not self._simulation.may_ask_beside(call, other, question):
                     complain(f"{question} is asked twice at the same time")
         if self.breaker_is_open:
             if call.began < self._probe_at:
@@ -4688,10 +4688,10 @@ class Simulation:
         """Whether a lookup that begins now has to be answered by vPIC, or by its word of before."""
         return self.is_well and self.world.time() - self.trouble_at > LAG and not self.vpic.breaker_is_open
 
-    def may_ask_beside(self, other: Source, question: str) -> bool:
-        """Whether a question may be asked although another call for it is under way: its VIN was removed since that was
-        begun, or the store did not say whether it was."""
-        begun = self.world.tasks[other.task] if other.task else other.began
+    def may_ask_beside(self, call: Source, other: Source, question: str) -> bool:
+        """Whether a question may be asked although another call for it is under way: its VIN was removed since the
+        first of the two tasks was begun, or the store did not say whether it was."""
+        begun = min(self.world.tasks[source.task] if source.task else source.began for source in (call, other))
         return max(self.removed_at.get(question[:17], -math.inf), self.store.read_failed_at) >= begun
 
     def batch_ends_by(self, caller: Caller) -> float:
