@@ -2111,7 +2111,7 @@ class Cache:
             await self._write((PROBE, ()))
         await self._read(REMOVED_AT, ("",))
         self._checked_at = time.monotonic()
-        outages = {"written": self._writing.reason, "read": self._reading.reason}
+        outages = {"read": self._reading.reason, "written": self._writing.reason}
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
     def copy(self) -> AbstractAsyncContextManager[str]:

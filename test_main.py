@@ -2607,7 +2607,7 @@ async def test_what_a_node_gives_no_answer_to_is_sent_again(
         for there in (True, False):
             removed = await service.delete(f"/remove/{TRUCK}", headers={"X-API-Key": "k"})
             assert removed == (200, {"vin": TRUCK, "cache_delete_success": there})
-    assert {main.OWNER, main.ANSWERS, main.RECORDS, main.STORE, main.REMOVAL, main.REMOVE, ""} <= seen
+    assert {main.OWNER, main.ANSWERS[False], main.RECORDS, main.STORE, main.REMOVAL, ""} <= seen
     assert logged(caplog) == []
 
 
@@ -2616,7 +2616,7 @@ async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Star
     forgotten: list[str] = []
 
     async def after(request: web.Request, statement: str) -> web.StreamResponse | None:
-        if statement not in (main.STORE, main.REMOVAL, main.REMOVE) or statement in forgotten:
+        if statement not in (main.STORE, main.REMOVAL) or statement in forgotten:
             return None
         forgotten.append(statement)
         return await resets(request, [])
@@ -2625,7 +2625,7 @@ async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Star
         assert [caching(await service.send(LOOKUPS[0], TRUCK))[1] for _ in range(2)] == ["MISS", "HIT"]
         assert (await service.delete(f"/remove/{TRUCK}"))[0] == 503
         assert cluster.sql("SELECT vin FROM vehicles") == []
-        assert forgotten == [main.STORE, main.REMOVAL, main.REMOVE]
+        assert forgotten == [main.STORE, main.REMOVAL]
         assert await service.delete(f"/remove/{TRUCK}") == (200, {"vin": TRUCK, "cache_delete_success": False})
 
 
@@ -4668,7 +4668,7 @@ class Simulation:
         self.sources.append(Source(kind, len(self.sources) + 1, questions, self.world.time()))
         return self.sources[-1]
 
-    def _decode_offline(self, questions: Sequence[str]) -> dict[str, main.Decoded]:
+    def _decode_offline(self, questions: Sequence[str]) -> dict[str, main.Words]:
         if self.offline == "raises":
             raise OSError("played")
         if self.offline == "knows nothing":
@@ -4769,13 +4769,14 @@ class Simulation:
                 yield window
 
         async def told() -> AsyncIterator[list[dict[str, Any]]]:
-            lines = self.lookups.batch(windows(), details)
+            line_form = main.LineForm(form == "csv", details)
+            lines = self.lookups.batch(windows(), line_form)
             if kept is None:
                 async for text in main.as_jsonl(lines):
                     yield [json.loads(line) for line in text.splitlines()]
                 return
             names: list[str] = []
-            async for data in main.as_csv(lines, kept, fleet, details):
+            async for data in main.as_csv(lines, kept, fleet, line_form):
                 values = [*csv.reader(io.StringIO(data.decode()))]
                 names = names or [name.removeprefix("decoded_") for name in values.pop(0)]
                 yield [dict(zip(names, line, strict=True)) for line in values]
