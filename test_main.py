@@ -2448,6 +2448,7 @@ async def test_a_cluster_that_is_down_at_the_start_is_opened_when_it_comes(
         cluster.empty()  # as by somebody who loads another database
         assert (await service.lookup(TRUCK))[0] == 200
         await service.ready()
+        assert await service.were_cached([TRUCK]) == [False]
         assert await service.were_cached([TRUCK]) == [True]
 
 
