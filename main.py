@@ -1318,12 +1318,12 @@ class Store(Protocol):
 
         A caller that leaves breaks nothing off."""
 
-    def copy(self) -> AbstractAsyncContextManager[str]:
+    def open_copy(self) -> AbstractAsyncContextManager[str]:
         """The URI of a database with all that was written before, which may be read by another SQLite library, in
         another process. Raises StoreFault."""
 
-    async def doubt(self, cause: str) -> None:
-        """Somebody found the database damaged."""
+    async def report_damage(self, cause: str) -> None:
+        """Replace the database if it is a file, because somebody found it damaged."""
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
@@ -1357,12 +1357,14 @@ def is_damage(error: BaseException) -> bool:
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-LOCK_TRY = 0.2  # seconds for which a thread waits for a file that somebody holds locked: nothing can break it off
-LOCK_PAUSE = 0.05  # seconds from one try to the next
+LOCK_TRY_S = 0.2  # for which a thread waits for a file that is locked, because nothing can cancel a thread
+LOCK_PAUSE_S = 0.05  # from one try to the next
+START_TIMEOUT_S = 30  # for which a start waits for a file that another program holds locked
+MIGRATION_TIMEOUT_S = 600  # for which it waits for another process of ours, which may be migrating a large file
 
 
 def is_stopping() -> bool:
-    """Whether uvicorn was told to end the process: it notes that at once, but acts on it after the start only."""
+    """Whether uvicorn was told to end the process. It notes that at once, but acts on it only after the start."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return getattr(server, "should_exit", False) is True
 
@@ -1373,24 +1375,24 @@ def is_locked(error: BaseException) -> bool:
     return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
 
 
-async def keep_trying(attempt: Callable[[], Awaitable[Result]], patience: float) -> Result:
-    """What the attempt returns, which is made again while somebody holds a lock, for so many seconds, and not once the
-    process is to end. Raises what it raises."""
+async def keep_trying(attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
+    """What the attempt returns. It is made again and again while somebody holds a lock, for so many seconds, but not
+    once the process is to end. Raises what the attempt raises."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + patience
+    deadline = loop.time() + seconds
     while True:
         try:
             return await attempt()
         except (sqlite3.Error, OSError) as error:
             if not is_locked(error) or loop.time() > deadline or is_stopping():
                 raise
-        await asyncio.sleep(LOCK_PAUSE)
+        await asyncio.sleep(LOCK_PAUSE_S)
 
 
 @asynccontextmanager
-async def alone(folder: Path, patience: float) -> AsyncIterator[None]:
-    """Of all our processes, be the one that opens or retires a file in this folder. Raises BlockingIOError if another
-    one does for longer than that."""
+async def only_process(folder: Path, seconds: float) -> AsyncIterator[None]:
+    """Meanwhile, none of our other processes opens or replaces a file in this folder. Raises BlockingIOError if
+    another one does so for longer than that."""
     if sys.platform == "win32":  # where a file that somebody has open can't be moved or deleted anyway
         yield
         return
@@ -1403,7 +1405,7 @@ async def alone(folder: Path, patience: float) -> AsyncIterator[None]:
             raise BlockingIOError(errno.EAGAIN, "another process is opening it") from None
 
     try:
-        await keep_trying(lock, patience)
+        await keep_trying(lock, seconds)
         yield
     finally:
         os.close(descriptor)
@@ -1412,7 +1414,7 @@ async def alone(folder: Path, patience: float) -> AsyncIterator[None]:
 MOVED, REPLACED = "its file was moved or deleted", "another file was put in its place"
 EMPTIED = "its file was emptied"
 
-# A database is three files. Never opened here to look into them: closing them again would drop SQLite's locks.
+# A database is three files. They are never opened here to look into them: closing one would drop SQLite's locks.
 PARTS = ("", "-wal", "-shm")
 Identity = tuple[int, int] | None
 
@@ -1426,10 +1428,10 @@ def identity(path: str) -> Identity:
 
 
 class OpenFile(NamedTuple):
-    """A database that is open: its two connections, and which files they have hold of."""
+    """A database that is open."""
 
     path: Path  # with symbolic links followed: it is their target that is replaced
-    parts: dict[str, Identity]
+    parts: dict[str, Identity]  # which three files the connections have open
     reader: aiosqlite.Connection
     writer: aiosqlite.Connection
     connections: AsyncExitStack
@@ -1444,202 +1446,53 @@ class OpenFile(NamedTuple):
             return REPLACED
         return "" if status.st_size else EMPTIED
 
-
-class Job(NamedTuple):
-    """Statements that write, one transaction, to be carried out before a time (loop time)."""
-
-    statements: Sequence[Statement]
-    deadline: float
-    rows: asyncio.Future[Rows]
+    def own_parts(self, *parts: str) -> list[str]:
+        """Those of the three files that are still at their path."""
+        return [part for part in parts if self.parts[part] and identity(f"{self.path}{part}") == self.parts[part]]
 
 
-class FileStore:
-    """One SQLite file; use as `async with`. Raises StartupError if it can't be opened and written, or isn't ours.
+def prepare_file(path: Path) -> None:
+    """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
 
-    One rule holds for whatever happens to the file: what is no longer the file that was opened, or is damaged, is
-    retired with all three of its parts, and what is at the path then is opened, be it nothing."""
+    Raises sqlite3.Error, and StartupError if the file is a newer one or not ours."""
+    status = path.stat() if path.exists() else None
+    if status is None or status.st_size == 0:
+        for part in PARTS[1:]:  # left over from a file that is gone: SQLite would play them into the new one
+            Path(f"{path}{part}").unlink(missing_ok=True)
+    sqlite3.connect(path).close()  # makes the file
+    if status is None:
+        share_with_group(path)
+    # Read-only: closing the last connection would else write a -wal into a file that is not ours.
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCK_TRY_S)) as file:
+        tables = upgrade(str(path), *file.execute(OWNER).fetchone())
+    with closing(sqlite3.connect(path, timeout=LOCK_TRY_S, isolation_level=None)) as file:
+        file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
 
-    name = "file"
 
-    def __init__(self, path: Path, busy_timeout: float) -> None:
-        self._path = path.absolute()
-        self._busy_timeout = busy_timeout
-        self._file: OpenFile | None = None
-        self._replacing = asyncio.Lock()
-        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
-        self._tasks = AsyncExitStack()
+def share_with_group(path: Path) -> None:
+    """Let the folder's group write the new file where it may write the folder: a container that runs as another user
+    of that group goes on with it. SQLite gives the -wal and the -shm the same mode."""
+    file, folder = path.stat(), path.parent.stat()
+    if folder.st_mode & stat.S_IWGRP and folder.st_gid == file.st_gid:
+        path.chmod(file.st_mode | stat.S_IRGRP | stat.S_IWGRP)
 
-    async def __aenter__(self) -> "FileStore":
-        try:
-            async with alone(self._path.resolve().parent, MIGRATION_PATIENCE):
-                self._file = await self._open(max(START_PATIENCE, self._busy_timeout))
-            log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
-        except (sqlite3.Error, OSError) as error:
-            if is_locked(error) and is_stopping():  # uvicorn ends a service that has started as it should be
-                log.info("told to stop while it waited for %s: %s", self._path, error)
-            else:
-                us = (
-                    f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"
-                )  # a mounted folder may be somebody else's
-                raise StartupError(
-                    f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
-                ) from None
-        await self._tasks.enter_async_context(background(self._write_jobs()))
-        await self._tasks.enter_async_context(background(self._watch()))
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._jobs.join()
-        await self._tasks.aclose()
-        if self._file is not None:
-            await self._file.connections.aclose()
+def owners(path: Path) -> str:
+    """For the end of an error: who owns the file and its folder, and their modes, as far as they are there."""
+    text = ""
+    for what, place in (("the file", path), ("its folder", path.parent)):
+        with suppress(OSError):
+            status = place.stat()
+            text += f"; {what} belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
+    return text
 
-    async def _open(self, patience: float) -> OpenFile:
-        """Open what is at the path; a damaged file is moved aside for a fresh one."""
-        path = self._path.resolve()
-        try:
-            return await keep_trying(lambda: self._try_to_open(path), patience)
-        except sqlite3.Error as error:
-            if not is_damage(error):
-                raise
-            retire(path, {part: identity(f"{path}{part}") for part in PARTS}, str(error))
-        return await keep_trying(lambda: self._try_to_open(path), patience)
 
-    async def _try_to_open(self, path: Path) -> OpenFile:
-        # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
-        await asyncio.to_thread(prepare, path)
-        async with AsyncExitStack() as connections:
-            reader, writer = [
-                # The timeout stands before any statement. No isolation level: a statement is its own transaction
-                # unless it is told otherwise, and a cancelled one leaves none open.
-                await connections.enter_async_context(aiosqlite.connect(path, timeout=LOCK_TRY, isolation_level=None))
-                for _ in range(2)
-            ]
-            for connection in (reader, writer):
-                await connection.executescript(SCHEMA)
-            await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
-            parts = {part: identity(f"{path}{part}") for part in PARTS}
-            return OpenFile(path, parts, reader, writer, connections.pop_all())
-
-    async def _current(self) -> OpenFile:
-        """The file, opened anew if what is at the path is no longer it: a ghost is never written to."""
-        file = self._file
-        fault = file.fault() if file else MOVED
-        return await self._replace(file, fault, damaged=fault == EMPTIED) if fault else cast(OpenFile, file)
-
-    async def _replace(self, file: OpenFile | None, cause: str, *, damaged: bool) -> OpenFile:
-        """Retire `file` and open what is at the path now; unless that was done since."""
-        async with self._replacing:
-            if self._file is not None and self._file is not file:
-                return self._file
-            self._file = None  # until it is open again, every write tries to
-            moved = False
-            try:
-                async with alone(self._path.resolve().parent, self._busy_timeout):
-                    if file is not None and damaged:
-                        moved = retire(file.path, file.parts, cause)
-                    elif file is not None:
-                        await self._leave(file)
-                    if file is not None:
-                        await file.connections.aclose()
-                    self._file = await self._open(self._busy_timeout)
-            finally:
-                if file is not None:  # where not even the folder is left
-                    await file.connections.aclose()
-            if not moved:
-                log.warning("cache opened anew (%s): %s", cause, self._path)
-            return self._file
-
-    @staticmethod
-    async def _leave(file: OpenFile) -> None:
-        """Make an end with a file that is no longer at its path."""
-        with suppress(sqlite3.Error):  # one that was moved away keeps its last rows
-            await file.writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
-        for part in PARTS[1:]:  # SQLite finds them by name, and that name is now another file's
-            if file.parts[part] is not None and identity(f"{file.path}{part}") == file.parts[part]:
-                os.unlink(f"{file.path}{part}")
-
-    async def _watch(self) -> None:
-        """Notice soon what happened to the file, even if nobody writes."""
-        while True:
-            await asyncio.sleep(1)
-            with suppress(sqlite3.Error, OSError, StartupError):  # the next write tells of it
-                await self._current()
-
-    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows. Raises StoreFault."""
-        while True:
-            if self._replacing.locked():  # it is over in a moment
-                async with self._replacing:
-                    pass
-            file = self._file
-            if file is None:
-                raise StoreFault("it is not open")
-            try:
-                return cast(Rows, await file.reader.execute_fetchall(statement, parameters))
-            except (sqlite3.Error, ValueError) as error:  # ValueError: the connection was closed, by a replacement
-                if is_damage(error):
-                    await self.doubt(str(error), file)
-                if file is self._file or self._file is None:
-                    raise StoreFault(reason(error)) from error
-
-    async def write(self, *statements: Statement) -> Rows:
-        """Carry the statements out as one transaction; the rows that the last one returns.
-
-        Raises StoreFault if nothing was written, within `busy_timeout`, the wait for the writes before it included. A
-        caller that leaves breaks nothing off."""
-        loop = asyncio.get_running_loop()
-        job = Job(statements, loop.time() + self._busy_timeout, loop.create_future())
-        self._jobs.put_nowait(job)
-        return await job.rows
-
-    async def _write_jobs(self) -> None:
-        while True:
-            job = await self._jobs.get()
-            rows: Rows = []
-            fault: Exception | None = None
-            try:
-                rows = await self._write(job)
-            except (sqlite3.Error, OSError, StartupError) as error:
-                fault = StoreFault(reason(error))
-            except Exception as bug:  # noqa: BLE001 - it is its caller's; the next ones need this task
-                fault = bug
-            self._jobs.task_done()
-            if not job.rows.done():  # else its caller has left
-                if fault is None:
-                    job.rows.set_result(rows)
-                else:
-                    job.rows.set_exception(fault)
-
-    async def _write(self, job: Job) -> Rows:
-        for last in (False, True):
-            file = await self._current()
-            left = job.deadline - asyncio.get_running_loop().time()
-            if left <= 0:
-                raise TimeoutError(errno.ETIMEDOUT, "locked for too long")
-            try:
-                # SQLite's own wait is the only one: what is told is what happened.
-                await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
-                return await transact(file.writer, job.statements)
-            except sqlite3.Error as error:
-                if last or not is_damage(error):
-                    raise
-                await self._replace(file, str(error), damaged=True)
-        raise AssertionError
-
-    @asynccontextmanager
-    async def copy(self) -> AsyncIterator[str]:
-        """The URI of a database that may be read by another SQLite library, in another process. Raises StoreFault."""
-        try:
-            file = await self._current()
-        except (sqlite3.Error, OSError, StartupError) as error:
-            raise StoreFault(reason(error)) from error
-        yield f"{file.path.as_uri()}?mode=ro"
-
-    async def doubt(self, cause: str, file: OpenFile | None = None) -> None:
-        """Replace the file: somebody found it damaged."""
-        with suppress(sqlite3.Error, OSError, StartupError):  # the next write tries again
-            await self._replace(file or self._file, cause, damaged=True)
+def move_aside(path: Path, parts: Iterable[str], cause: str) -> None:
+    """Rename a damaged database, so that a fresh one can take its place."""
+    aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    for part in parts:
+        os.rename(f"{path}{part}", f"{aside}{part}")
+    log.warning("cache damaged (%s): moved to %s, a fresh one takes its place at %s", cause, aside, path)
 
 
 async def transact(connection: aiosqlite.Connection, statements: Sequence[Statement]) -> Rows:
@@ -1658,56 +1511,192 @@ async def transact(connection: aiosqlite.Connection, statements: Sequence[Statem
     return rows
 
 
-START_PATIENCE = 30  # seconds for which a start waits for a file that somebody holds locked
-MIGRATION_PATIENCE = 600  # seconds for which it waits for another process of ours, which may be migrating a large file
+class FileStore:
+    """One SQLite file. Use it as `async with`. Raises StartupError if it can't be opened and written, or isn't ours.
 
+    What may happen to the file while it is open, and what then:
 
-def prepare(path: Path) -> None:
-    """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
+    | what                                      | found by               | then                                        |
+    |-------------------------------------------|------------------------|---------------------------------------------|
+    | nothing, or another file, is at the path  | each write and export, | its last rows are written to the file where |
+    |                                           | and every second       | it is now, its -wal and -shm are deleted,   |
+    |                                           |                        | and what is at the path is opened, or made  |
+    | the file is empty                         | the same               | as damaged                                  |
+    | SQLite says that it is damaged            | any statement, the     | it is moved aside with its -wal and -shm,   |
+    |                                           | export                 | unless another worker has done that; what   |
+    |                                           |                        | is at the path is opened, or made           |
+    | the folder is gone, or the file can't be  | the same               | closed: reads find nothing; each write, and |
+    | opened                                    |                        | every second, tries to open it              |
 
-    Raises sqlite3.Error, and StartupError if the file is a newer one or not ours."""
-    status = path.stat() if path.exists() else None
-    if status is None or status.st_size == 0:
-        for part in PARTS[1:]:  # somebody's whose file is gone
-            Path(f"{path}{part}").unlink(missing_ok=True)
-    sqlite3.connect(path).close()  # makes the file
-    if status is None:
-        share_with_group(path)
-    # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCK_TRY)) as file:
-        tables = upgrade(str(path), *file.execute(OWNER).fetchone())
-    with closing(sqlite3.connect(path, timeout=LOCK_TRY, isolation_level=None)) as file:
-        file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
+    All this happens under a lock of the folder, because another worker may do the same between the look and the
+    rename."""
 
+    name = "file"
 
-def share_with_group(path: Path) -> None:
-    """Let the folder's group write the new file where it may write the folder: a container that runs as another user
-    of that group goes on with it. SQLite gives the -wal and the -shm the same mode."""
-    file, folder = path.stat(), path.parent.stat()
-    if folder.st_mode & stat.S_IWGRP and folder.st_gid == file.st_gid:
-        path.chmod(file.st_mode | stat.S_IRGRP | stat.S_IWGRP)
+    def __init__(self, path: Path, busy_timeout: float) -> None:
+        self._path = path.absolute()
+        self._busy_timeout = busy_timeout
+        self._file: OpenFile | None = None  # None: closed
+        self._replacing = asyncio.Lock()  # held while the file is replaced
+        self._writing = asyncio.Lock()  # held by the transaction that is carried out
+        self._writes = Tasks()
+        self._resources = AsyncExitStack()
 
+    async def __aenter__(self) -> "FileStore":
+        try:
+            async with only_process(self._path.resolve().parent, MIGRATION_TIMEOUT_S):
+                self._file = await self._open(max(START_TIMEOUT_S, self._busy_timeout))
+            log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
+        except (sqlite3.Error, OSError) as error:
+            if not (is_locked(error) and is_stopping()):
+                us = f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"
+                why = f"{self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
+                raise StartupError(f"VINCACHE_DATABASE: {why}") from None
+            # uvicorn ends a service that has started as it should be.
+            log.info("told to stop while it waited for %s: %s", self._path, error)
+        await self._resources.enter_async_context(background(self._watch()))
+        return self
 
-def owners(path: Path) -> str:
-    """For the end of an error: who owns the file and its folder, and their modes, as far as they are there."""
-    told = ""
-    for what, place in (("the file", path), ("its folder", path.parent)):
-        with suppress(OSError):
-            status = place.stat()
-            told += f"; {what} belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
-    return told
+    async def __aexit__(self, *_: object) -> None:
+        await self._writes.finish()
+        await self._resources.aclose()
+        if self._file is not None:
+            await self._file.connections.aclose()
 
+    async def _open(self, seconds: float) -> OpenFile:
+        """Open what is at the path; a damaged file is moved aside for a fresh one."""
+        path = self._path.resolve()
+        try:
+            return await keep_trying(lambda: self._try_to_open(path), seconds)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            move_aside(path, [part for part in PARTS if identity(f"{path}{part}")], str(error))
+        return await keep_trying(lambda: self._try_to_open(path), seconds)
 
-def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
-    """Whether the damaged file was moved aside, its parts with it; not if another worker has been here before."""
-    if parts[""] is None or identity(str(path)) != parts[""]:
-        return False
-    aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-    for part in reversed(PARTS):
-        if parts[part] is not None and identity(f"{path}{part}") == parts[part]:
-            os.rename(f"{path}{part}", f"{aside}{part}")
-    log.warning("cache damaged (%s): moved to %s, a fresh one takes its place at %s", cause, aside, path)
-    return True
+    async def _try_to_open(self, path: Path) -> OpenFile:
+        # Open it with sqlite3 first: if aiosqlite fails to connect, its thread lives on and logs after our sentence.
+        await asyncio.to_thread(prepare_file, path)
+        async with AsyncExitStack() as connections:
+            reader, writer = [
+                # The timeout is set before any statement, because switching to WAL needs a lock. No isolation level: a
+                # statement is then its own transaction, and a cancelled one leaves none open.
+                await connections.enter_async_context(aiosqlite.connect(path, timeout=LOCK_TRY_S, isolation_level=None))
+                for _ in range(2)
+            ]
+            for connection in (reader, writer):
+                await connection.executescript(SCHEMA)
+            await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
+            parts = {part: identity(f"{path}{part}") for part in PARTS}
+            return OpenFile(path, parts, reader, writer, connections.pop_all())
+
+    async def _current(self) -> OpenFile:
+        """The file; opened anew if it is no longer at its path, because what is written to it would be lost."""
+        file = self._file
+        fault = file.fault() if file else MOVED
+        return await self._replace(file, fault, damaged=fault == EMPTIED) if fault else cast(OpenFile, file)
+
+    async def _replace(self, file: OpenFile | None, cause: str, *, damaged: bool) -> OpenFile:
+        """Close `file`, and open what is at the path now; unless another task has done that."""
+        async with self._replacing:
+            if self._file is not None and self._file is not file:
+                return self._file
+            self._file = None
+            moved = False
+            try:
+                async with only_process(self._path.resolve().parent, self._busy_timeout):
+                    if file is not None and damaged and file.own_parts(""):
+                        move_aside(file.path, file.own_parts(*PARTS), cause)
+                        moved = True
+                    elif file is not None and not damaged:
+                        await self._leave_behind(file)
+                    if file is not None:
+                        await file.connections.aclose()
+                    self._file = await self._open(self._busy_timeout)
+            finally:
+                if file is not None:  # also if the folder is gone
+                    await file.connections.aclose()
+            if not moved:
+                log.warning("cache opened anew (%s): %s", cause, self._path)
+            return self._file
+
+    @staticmethod
+    async def _leave_behind(file: OpenFile) -> None:
+        """Finish a file that is no longer at its path."""
+        with suppress(sqlite3.Error):  # if it was moved, its last rows go along
+            await file.writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+        # SQLite finds these two by name: left behind, they would be played into the file that is now at the path.
+        for part in file.own_parts("-wal", "-shm"):
+            os.unlink(f"{file.path}{part}")
+
+    async def _watch(self) -> None:
+        """Notice within a second what happened to the file, even if nobody writes."""
+        while True:
+            await asyncio.sleep(1)
+            with suppress(sqlite3.Error, OSError, StartupError):  # the next write tells of it
+                await self._current()
+
+    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+        """The rows. Raises StoreFault."""
+        while True:
+            if self._replacing.locked():  # another task opens the file anew
+                async with self._replacing:
+                    pass
+            file = self._file
+            if file is None:
+                raise StoreFault("it is not open")
+            try:
+                return cast(Rows, await file.reader.execute_fetchall(statement, parameters))
+            except (sqlite3.Error, ValueError) as error:  # ValueError: a replacement has closed the connection
+                if is_damage(error):
+                    await self.report_damage(str(error), file)
+                if file is self._file or self._file is None:
+                    raise StoreFault(reason(error)) from error
+
+    async def write(self, *statements: Statement) -> Rows:
+        """Carry the statements out as one transaction; the rows that the last one returns.
+
+        Raises StoreFault if nothing was written, within `busy_timeout`, the wait for other transactions included. A
+        caller that leaves breaks nothing off."""
+        return await self._writes.run(self._write_in_turn(statements))
+
+    async def _write_in_turn(self, statements: Sequence[Statement]) -> Rows:
+        deadline = asyncio.get_running_loop().time() + self._busy_timeout
+        async with self._writing:
+            try:
+                return await self._write(statements, deadline)
+            except (sqlite3.Error, OSError, StartupError) as error:
+                raise StoreFault(reason(error)) from error
+
+    async def _write(self, statements: Sequence[Statement], deadline: float) -> Rows:
+        for last in (False, True):
+            file = await self._current()
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                raise TimeoutError(errno.ETIMEDOUT, "locked for too long")
+            try:
+                # SQLite's own time-out is the only one: a statement that fails has done nothing.
+                await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
+                return await transact(file.writer, statements)
+            except sqlite3.Error as error:
+                if last or not is_damage(error):
+                    raise
+                await self._replace(file, str(error), damaged=True)
+        raise AssertionError
+
+    @asynccontextmanager
+    async def open_copy(self) -> AsyncIterator[str]:
+        """The URI of a database that another SQLite library may read, in another process. Raises StoreFault."""
+        try:
+            file = await self._current()
+        except (sqlite3.Error, OSError, StartupError) as error:
+            raise StoreFault(reason(error)) from error
+        yield f"{file.path.as_uri()}?mode=ro"
+
+    async def report_damage(self, cause: str, file: OpenFile | None = None) -> None:
+        """Replace the file, because somebody found it damaged."""
+        with suppress(sqlite3.Error, OSError, StartupError):  # the next write tries again
+            await self._replace(file or self._file, cause, damaged=True)
 
 
 CLUSTER_TIMEOUT_S = 4  # of a statement: an election is over by then
@@ -1787,7 +1776,7 @@ class ClusterStore:
             [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[OWNER]], seconds)
             script = GUARD % version + upgrade(self._hosts, application, version, objects)
             if application == APPLICATION_ID and version < SCHEMA_VERSION:
-                seconds = START_PATIENCE  # all rows are written anew
+                seconds = START_TIMEOUT_S  # all rows are written anew
             try:
                 await self._ask("execute?transaction", [[statement] for statement in statements(script)], seconds)
                 break
@@ -1888,7 +1877,7 @@ class ClusterStore:
         return cast(list[dict[str, Any]], answer["results"])
 
     @asynccontextmanager
-    async def copy(self) -> AsyncIterator[str]:
+    async def open_copy(self) -> AsyncIterator[str]:
         """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
         await self._ask_if_open("query?level=weak", [[OWNER]])  # so a node that hangs is passed by
         try:
@@ -1922,8 +1911,8 @@ class ClusterStore:
             if not await self._has_time_for_next(node, deadline):
                 raise StoreFault(why)
 
-    async def doubt(self, cause: str) -> None:
-        """Nothing: only a copy was seen."""
+    async def report_damage(self, cause: str) -> None:
+        """Do nothing: the damage was found in a backup, not in the cluster."""
 
 
 def statements(script: str) -> Iterator[str]:
@@ -2114,13 +2103,13 @@ class Cache:
         outages = {"read": self._reading.reason, "written": self._writing.reason}
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
-    def copy(self) -> AbstractAsyncContextManager[str]:
+    def open_copy(self) -> AbstractAsyncContextManager[str]:
         """For an export: the URI of a database with all that was stored before. Raises StoreFault."""
-        return self._store.copy()
+        return self._store.open_copy()
 
-    async def doubt(self, cause: str) -> None:
+    async def report_damage(self, cause: str) -> None:
         """Somebody outside found the database damaged."""
-        await self._store.doubt(cause)
+        await self._store.report_damage(cause)
 
 
 # ======================================================================================================================
@@ -3626,7 +3615,7 @@ class Exporter:
                 ):  # of the process nothing more can be expected
                     await self._stop()
                 elif "malformed" in str(error) or "not a database" in str(error):
-                    await self._cache.doubt(str(error))
+                    await self._cache.report_damage(str(error))
                 raise ExportFailed("The export could not be built; ask again.") from None
 
     async def _build(self, kind: Kind) -> Snapshot:
@@ -3647,7 +3636,7 @@ class Exporter:
         orders = cast(asyncio.StreamWriter, self._process.stdin)
         frames = cast(asyncio.StreamReader, self._process.stdout)
         snapshot = Snapshot()  # now: all that was stored before will be in it
-        async with self._cache.copy() as database:
+        async with self._cache.open_copy() as database:
             order = {
                 "database": database,
                 "query": SNAPSHOT_WITH_DETAILS if kind.details else SNAPSHOT,

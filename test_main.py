@@ -1713,7 +1713,7 @@ async def test_a_file_of_schema_1_is_migrated(
 async def test_a_migration_that_is_killed_leaves_schema_1(tmp_path: Path) -> None:
     """Wherever it is killed, the file has all its rows, in the old form or in the new."""
     seen = set()
-    command = [sys.executable, "-c", "import sys, main; main.prepare(main.Path(sys.argv[1]))"]
+    command = [sys.executable, "-c", "import sys, main; main.prepare_file(main.Path(sys.argv[1]))"]
     for turn in range(12):
         database = of_schema_1(tmp_path / f"{turn}.db")
         process = await asyncio.create_subprocess_exec(*command, str(database), cwd=HERE)
