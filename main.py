@@ -2235,8 +2235,10 @@ class Breaker:
         return "ok" if self.closed else f"open since {utc(self._open_since)}"
 
     def has_failed_for(self, seconds: float) -> bool:
-        """Whether vPIC is left alone, and its calls have failed for so long, from the first to the last one."""
-        return not self.closed and self._last_failed_at - self._first_failed_at >= seconds
+        """Whether vPIC is left alone, and its calls have failed for so long, from the first to the last one. While a
+        call probes vPIC, its outcome is worth waiting for."""
+        is_open = self._open_until is not None and not self._probing
+        return is_open and self._last_failed_at - self._first_failed_at >= seconds
 
     def refusal(self) -> VpicUnavailable | None:
         """The error for a call that is not to be made now, or None."""

@@ -1919,10 +1919,10 @@ async def test_the_wal_gives_back_what_it_grew_by(tmp_path: Path) -> None:
             reader.execute("SELECT count(*) FROM vehicles").fetchall()
             for vin in trucks(16):
                 rows = json.dumps([(*record(vin, attributes=json.dumps({"Note": "x" * 10**6})), None)])
-                await store.write(main.STORE, (rows,))
+                await store.write((main.STORE, (rows,)))
             assert wal.stat().st_size > 15 * 10**6
         for _ in range(3):
-            await store.write(main.PROBE, ())
+            await store.write((main.PROBE, ()))
         assert wal.stat().st_size <= 8 * 2**20
 
 
@@ -1974,8 +1974,8 @@ async def test_a_new_file_is_its_groups_where_the_folder_is(tmp_path: Path, fold
     async with main.FileStore(database, 1) as store:
         for cause in ("", "played"):
             if cause:
-                await store.doubt(cause)
-            await store.write(main.PROBE, ())
+                await store.report_damage(cause)
+            await store.write((main.PROBE, ()))
             assert [Path(f"{database}{part}").stat().st_mode & 0o777 for part in main.PARTS] == [mode] * 3
 
 
