@@ -755,35 +755,41 @@ class ExportFailed(VincacheError):
     patience = 5
 
 
+class Failure(NamedTuple):
+    """A way in which vPIC gives no answer, and what follows from it."""
+
+    status: int  # of the response, if nothing else answers
+    detail: str  # for the caller
+    try_again: bool = False  # the same call may succeed in a moment
+    blames_vin: bool = False  # a VIN of the call may be the cause
+    blames_vpic: bool = True  # vPIC may be the cause: the breaker counts it
+
+
+UNREACHABLE = Failure(502, "vPIC cannot be reached; ask again later.", try_again=True)
+BROKEN_OFF = Failure(502, "vPIC cannot be reached; ask again later.", try_again=True, blames_vin=True)
+UNUSABLE = Failure(502, "vPIC's answer makes no sense; ask again later.", blames_vin=True)
+NOT_DESCRIBED = Failure(502, "vPIC's answer does not describe this VIN; ask again later.", blames_vpic=False)
+TOO_LATE = Failure(504, "vPIC did not answer in time; ask again later.", blames_vin=True)
+HURRIED = TOO_LATE._replace(blames_vpic=False)  # the call had too little time for an answer
+LEFT_ALONE = Failure(503, "vPIC fails and is left alone for now; ask again later.")
+CROWDED = Failure(503, "Too many VINs are waiting for vPIC; ask again later.", blames_vpic=False)
+SWITCHED_OFF = Failure(503, "vPIC is switched off, and the offline data does not serve.")
+BROKEN = Failure(503, "The service failed to ask vPIC; its log has the cause.")
+
+
 class VpicUnavailable(VincacheError):
-    """vPIC gave no usable answer. Not asked, or refused: 503; too late: 504; anything else: 502.
+    """vPIC gave no usable answer. `cause` is for the log."""
 
-    `cause` is for the log; `again` says whether the same call may fare better in a moment, `maybe_vin` whether a VIN
-    may be the cause, `counts` whether it speaks against vPIC at all, `answered` whether vPIC did answer the call."""
-
-    def __init__(
-        self,
-        status: int,
-        detail: str,
-        *,
-        cause: str = "",
-        again: bool = False,
-        maybe_vin: bool = False,
-        counts: bool = True,
-        answered: bool = False,
-        retry_after: float | None = None,
-        **fields: str,
-    ) -> None:
-        self.status, self.cause, self.again, self.maybe_vin, self.counts = status, cause, again, maybe_vin, counts
-        self.answered = answered
-        super().__init__(detail, retry_after=retry_after, **fields)
+    def __init__(self, failure: Failure, cause: str = "", *, retry_after: float | None = None, **fields: str) -> None:
+        self.failure, self.status, self.cause = failure, failure.status, cause
+        super().__init__(failure.detail, retry_after=retry_after, **fields)
 
     def about(self, vin: str) -> "VpicUnavailable":
-        """The same, for one caller and its VIN: a shared exception would gather the tracebacks of all."""
+        """The same for one caller and its VIN: a shared exception would gather the tracebacks of all callers."""
         wait = self.retry_after
         if wait is None and self.status == 503 and self.cause:  # vPIC refused; its limit is one by the minute
             wait = 60
-        return VpicUnavailable(self.status, self.detail, retry_after=wait, vin=vin)
+        return VpicUnavailable(self.failure, retry_after=wait, vin=vin)
 
 
 def invalid(kind: str, loc: tuple[str | int, ...], msg: str) -> RequestValidationError:
@@ -2206,19 +2212,24 @@ def retry_after_seconds(header: str | None) -> float | None:
 
 
 class Breaker:
-    """Leaves a failing vPIC alone.
+    """Leaves vPIC alone while it fails.
 
-    closed --so many failures in a row, of different VINs--> open --some seconds, then the next call--> probing
-    probing --an answer--> closed
-    probing --a failure--> open
+    | state   | what happens                                                        | then    |
+    |---------|---------------------------------------------------------------------|---------|
+    | closed  | so many calls in a row fail, as counted below                       | open    |
+    | open    | so many seconds have passed, and somebody wants to call: one may    | probing |
+    | probing | the call is answered                                                | closed  |
+    |         | the call fails                                                      | open    |
 
-    A VIN on which vPIC chokes fails alone, however often it is asked, and explains the failure of a call for several
-    that it was in; what no VIN can be the cause of always counts."""
+    A failed call counts once for the set of its VINs, because one VIN may be why vPIC fails, however often it is asked.
+    A call for several VINs that failed no longer counts when a call for fewer of them fails: that explains it. A call
+    that fails for a reason that no VIN can have always counts. (Tested by `test_a_vin_on_which_vpic_chokes_fails_alone`
+    and `test_an_outage_hardly_reaches_vpic`.)"""
 
     def __init__(self, failures: int, seconds: float) -> None:
-        self._failures = failures
-        self._seconds = seconds
-        self._failed: list[frozenset[object]] = []  # since the last answer: for which VINs, none explaining another
+        self._failures = failures  # that open it
+        self._seconds = seconds  # for which it stays open
+        self._failed: list[frozenset[object]] = []  # the sets that count, of the calls since the last answer
         self._first_failed_at = self._last_failed_at = 0.0  # of the calls since the last answer (monotonic)
         self._open_until: float | None = None  # monotonic; None: closed
         self._open_since = 0.0  # unix seconds
@@ -2247,37 +2258,38 @@ class Breaker:
         wait = self._open_until - time.monotonic()
         if wait <= 0 and not self._probing:
             return None
-        detail = "vPIC fails and is left alone for now; ask again later."
-        return VpicUnavailable(503, detail, retry_after=max(1, wait))
+        return VpicUnavailable(LEFT_ALONE, retry_after=max(1, wait))
 
     @contextmanager
-    def watching(self, vins: Sequence[str]) -> Iterator[None]:
-        """Around a call for these VINs. Raises VpicUnavailable if it is not to be made."""
+    def watch_call(self, questions: Sequence[Question]) -> Iterator[None]:
+        """Around a call. Raises VpicUnavailable if the call is not to be made."""
         if refusal := self.refusal():
             raise refusal
-        probe = self._probing = self._open_until is not None
+        is_probe = self._probing = not self.closed
         try:
             yield
         except VpicUnavailable as error:
-            if error.counts:
-                self._last_failed_at = time.monotonic()
-                if not self._failed:
-                    self._first_failed_at = self._last_failed_at
-                failed = frozenset[object](vins if error.maybe_vin else [object()])
-                self._failed = [other for other in self._failed if not other > failed]
-                if not any(other <= failed for other in self._failed):
-                    self._failed.append(failed)
-                if probe or len(self._failed) >= self._failures:
+            if error.failure.blames_vpic:
+                self._count(frozenset(questions if error.failure.blames_vin else [object()]))
+                if is_probe or len(self._failed) >= self._failures:
                     self._open()
             raise
         else:
             self._close()
         finally:
-            if probe:
+            if is_probe:
                 self._probing = False
 
+    def _count(self, failed: frozenset[object]) -> None:
+        self._last_failed_at = time.monotonic()
+        if not self._failed:
+            self._first_failed_at = self._last_failed_at
+        self._failed = [other for other in self._failed if not other > failed]  # these are explained now
+        if not any(other <= failed for other in self._failed):
+            self._failed.append(failed)
+
     def _open(self) -> None:
-        if self._open_until is None:
+        if self.closed:
             self._open_since = time.time()
             breaker_gauge.set(1)
             log.warning("breaker open: vPIC is left alone for %g s at a time", self._seconds)
@@ -2285,7 +2297,7 @@ class Breaker:
 
     def _close(self) -> None:
         self._failed.clear()
-        if self._open_until is not None:
+        if not self.closed:
             self._open_until = None
             breaker_gauge.set(0)
             log.info("breaker closed: vPIC answers again")
@@ -2315,7 +2327,7 @@ class Vpic:
     def refusal(self) -> VpicUnavailable | None:
         """The error for a call that is not to be made now, or None."""
         if self.is_off:
-            return VpicUnavailable(503, "vPIC is switched off, and the offline data does not serve.")
+            return VpicUnavailable(SWITCHED_OFF)
         return self.breaker.refusal()
 
     def is_given_up(self) -> bool:
@@ -2346,14 +2358,14 @@ class Vpic:
                 if not has_turn:
                     await self._keep_to_rate(deadline)
                 has_turn = False
-                with self.breaker.watching(questions):
+                with self.breaker.watch_call(questions):
                     return await self._call_noted(questions, deadline)
         raise AssertionError  # the loop returns or raises
 
     @staticmethod
     def _wait_before_retry(error: Exception, deadline: float) -> bool | float:
         """Whether a failed call is worth another (True: after a jittered backoff), or the seconds to wait before it."""
-        if not isinstance(error, VpicUnavailable) or not error.again:
+        if not isinstance(error, VpicUnavailable) or not error.failure.try_again:
             return False
         left = deadline - asyncio.get_running_loop().time()
         if error.retry_after is None:
@@ -2368,7 +2380,7 @@ class Vpic:
             if not wait:
                 return
             if asyncio.get_running_loop().time() + wait > deadline:
-                raise VpicUnavailable(503, "Too many VINs are waiting for vPIC; ask again later.", retry_after=wait)
+                raise VpicUnavailable(CROWDED, retry_after=wait)
             await asyncio.sleep(wait)
 
     async def _call_noted(self, questions: Sequence[Question], deadline: float) -> dict[Question, Words]:
@@ -2392,22 +2404,17 @@ class Vpic:
         try:
             async with asyncio.timeout_at(deadline), self._request(questions) as response:
                 if response.status != 200:
-                    raise self._refusal(response.status, response.headers.get("Retry-After"))
+                    raise self._status_error(response.status, response.headers.get("Retry-After"))
                 return {asked[vin]: decoded for vin, decoded in parse(await self._body(response), asked).items()}
         except TimeoutError:
-            detail = "vPIC did not answer in time; ask again later."
-            raise VpicUnavailable(504, detail, cause="no answer", maybe_vin=True, counts=fair) from None
+            raise VpicUnavailable(TOO_LATE if fair else HURRIED, "no answer") from None
         except aiohttp.ClientError as error:
+            is_reached = not isinstance(error.__cause__, aiohttp.ClientConnectorError)
             raise VpicUnavailable(
-                502,
-                "vPIC cannot be reached; ask again later.",
-                cause=str(error) or type(error).__name__,
-                again=True,
-                maybe_vin=not isinstance(error.__cause__, aiohttp.ClientConnectorError),
+                BROKEN_OFF if is_reached else UNREACHABLE, str(error) or type(error).__name__
             ) from None
         except ValueError as error:
-            detail = "vPIC's answer makes no sense; ask again later."
-            raise VpicUnavailable(502, detail, cause=f"unusable answer: {error}", maybe_vin=True) from None
+            raise VpicUnavailable(UNUSABLE, f"unusable answer: {error}") from None
 
     def _request(self, questions: Sequence[Question]) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         # A redirect would leave the address that the operator chose; it is a failure like any other status.
@@ -2422,16 +2429,17 @@ class Vpic:
         return self._session.post(f"{self._url}/vehicles/DecodeVINValuesBatch/", data=form, allow_redirects=False)
 
     @staticmethod
-    def _refusal(status: int, retry_after: str | None) -> VpicUnavailable:
+    def _status_error(status: int, retry_after: str | None) -> VpicUnavailable:
         wait = retry_after_seconds(retry_after) if status in (429, 503) else None
-        return VpicUnavailable(
-            503 if status in (403, 429, 503) else 502,
+        refuses_all = status in (403, 429, 503)  # whatever it is asked
+        failure = Failure(
+            503 if refuses_all else 502,
             f"vPIC refuses to answer (status {status}); ask again later.",
-            cause=f"status {status}" + (f", Retry-After {retry_after}" if wait is not None else ""),
-            again=status >= 500 or wait is not None,
-            maybe_vin=status not in (403, 429, 503),
-            retry_after=wait,
+            try_again=status >= 500 or wait is not None,
+            blames_vin=not refuses_all,
         )
+        cause = f"status {status}" + (f", Retry-After {retry_after}" if wait is not None else "")
+        return VpicUnavailable(failure, cause, retry_after=wait)
 
     @staticmethod
     async def _body(response: aiohttp.ClientResponse) -> bytes:
@@ -2546,6 +2554,7 @@ class Ticket:
         self.details = details  # a waiter wants the attributes: a row without them is no answer
         self.state = TicketState.WAITING
         self.waiters: dict[Waiter, None] = {}  # a dict, because it keeps their order
+        self.task: asyncio.Task[None] | None = None  # of the last call that it went into
         self.removal: int | None = NOT_READ  # the last removal of the VIN, read just before vPIC is asked
         self.removal_read = asyncio.Event()  # that was done, or the call is over
         self.found: Found | None = None  # vPIC's answer, while it is being stored
@@ -2710,10 +2719,6 @@ REFRESHES = 10_000  # that wait at most; a hit on a row beyond them will ask aga
 STAND_IN_S = 0.5  # at the end of a lookup's time, in which it is answered without vPIC
 LOST_S = 60  # after which a line of a batch that still waits makes sure that somebody works on it
 
-OVERDUE = "vPIC did not answer in time; ask again later."
-CROWDED = "Too many VINs are waiting for vPIC; ask again later."
-BROKEN = VpicUnavailable(503, "The service failed to ask vPIC; its log has the cause.", retry_after=1)
-
 
 class Lookups:
     """Every lookup goes through here. Use it as `async with`: at its end, nothing begins any more."""
@@ -2726,9 +2731,7 @@ class Lookups:
         # The last part of a lookup's time, and of the time before it: a call that fails by then is answered by itself.
         self._reserve = min(STAND_IN_S, settings.vpic_timeout / 16)
         self._tickets: dict[Question, Ticket] = {}  # by question the ticket that a new waiter joins
-        self._tasks: dict[
-            asyncio.Task[None], list[Ticket]
-        ] = {}  # calls and answers without vPIC, each with its tickets
+        self._tasks = Tasks()  # calls, and answers without vPIC
         self._overdue: list[Waiter] = []  # lookups that can wait for vPIC no longer, until `_schedule` sees them
         self._scheduled: asyncio.Handle | None = None  # the next `_schedule`
         self._timer: asyncio.TimerHandle | None = None  # for the time when vPIC is left alone no longer
@@ -2741,12 +2744,10 @@ class Lookups:
         self._closed = True
         if self._timer:
             self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.finish(cancel=True)
         scheduler = self._scheduler
         for waiter in scheduler.waiters([scheduler.lookups, scheduler.refreshes, *scheduler.batches]):
-            waiter.resolve(BROKEN)
+            waiter.resolve(bug_failure())
 
     async def hit(self, question: Question) -> Answer | None:
         """The cached answer. A row in its grace is served too, and is asked anew behind the answer."""
@@ -2804,7 +2805,7 @@ class Lookups:
         ticket.details |= details
         waiter = self._scheduler.join(ticket, queue)
         if self._closed:
-            waiter.resolve(BROKEN)
+            waiter.resolve(bug_failure())
         self._wake()
         return waiter
 
@@ -2855,20 +2856,22 @@ class Lookups:
         if self._closed:
             return
         if self._overdue:
-            self._run(self._answer_without_vpic(self._overdue, None))
+            self._tasks.start(self._run(self._answer_without_vpic(self._overdue, None)))
             self._overdue = []
         scheduler, refusal = self._scheduler, self._vpic.refusal()
         if refusal is None:
             # To find out whether vPIC is there again, one VIN has to wait for it, not fifty.
             for call in scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
-                self._run(self._call_vpic(call), call.tickets)
+                task = self._tasks.start(self._run(self._call_vpic(call)))
+                for ticket in call.tickets:
+                    ticket.task = task
             return
         impatient = [scheduler.lookups, scheduler.refreshes]
         refused = scheduler.waiters([*impatient, *scheduler.batches] if self._vpic.is_given_up() else impatient)
         for waiter in refused:
             self._leave(waiter)
         if refused:
-            self._run(self._answer_without_vpic(refused, refusal))
+            self._tasks.start(self._run(self._answer_without_vpic(refused, refusal)))
         if any(scheduler.batches) and self._timer is None:
             wait = refusal.retry_after or 1
             self._timer = asyncio.get_running_loop().call_later(wait, self._try_again)
@@ -2877,16 +2880,12 @@ class Lookups:
         self._timer = None
         self._wake()
 
-    def _run(self, work: Coroutine[Any, Any, None], tickets: Sequence[Ticket] = ()) -> None:
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Do it in a task of its own: no waiter that leaves can cancel it."""
-        task = asyncio.create_task(work)
-        self._tasks[task] = [*tickets]
-        task.add_done_callback(self._ran)
-
-    def _ran(self, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
-        if not task.cancelled() and (bug := task.exception()):
-            log.error("lookup failed", exc_info=bug)
+        try:
+            await work
+        except Exception:
+            log.exception("lookup failed")
 
     async def _call_vpic(self, call: Call) -> None:
         """Ask vPIC, and end the tickets of the call, whatever happens."""
@@ -2895,10 +2894,10 @@ class Lookups:
         finally:
             for ticket in call.tickets:
                 if ticket.state is TicketState.CALLED:
-                    self._end(ticket, ticket.found or BROKEN)
+                    self._end(ticket, ticket.found or bug_failure())
 
     async def _ask_and_store(self, call: Call) -> None:
-        failure = VpicUnavailable(502, "vPIC's answer does not describe this VIN; ask again later.", answered=True)
+        failure = VpicUnavailable(NOT_DESCRIBED)
         decoded: dict[Question, Words] = {}
         records: dict[Question, Record] = {}
         tickets = call.tickets
@@ -2955,7 +2954,7 @@ class Lookups:
         answered without vPIC."""
         refused: list[Waiter] = []
         for ticket in reversed(tickets):  # the first one is put back last, so it is the first again
-            if failure.maybe_vin and shared and ticket.waiters:  # another VIN may be why
+            if failure.failure.blames_vin and shared and ticket.waiters:  # another VIN may be why
                 ticket.alone = True
                 self._scheduler.put_back(ticket, first=True)
                 continue
@@ -2964,7 +2963,7 @@ class Lookups:
                 patient = not self._vpic.is_given_up()
             else:
                 ticket.failures += 1
-                patient = ticket.failures == 1 and not failure.answered
+                patient = ticket.failures == 1 and failure.failure.blames_vpic
             for waiter in [*ticket.waiters]:
                 if not patient or waiter.queue not in self._scheduler.batches:
                     self._leave(waiter)
@@ -3024,7 +3023,7 @@ class Lookups:
                 waiter.resolve(found.get(waiter.ticket.question) or failure or overdue(waiter.ticket))
         finally:
             for waiter in waiters:
-                waiter.resolve(failure or BROKEN)
+                waiter.resolve(failure or bug_failure())
 
     def _find_rows(
         self, questions: list[Question], records: dict[Question, Record], detailed: Collection[Question]
@@ -3107,13 +3106,13 @@ class Lookups:
             await asyncio.wait([waiter.outcome], timeout=LOST_S)
             if not waiter.outcome.done() and self._is_lost(waiter):
                 log.error("a line of a batch waits for a ticket that is lost: %s", waiter.ticket.question)
-                waiter.resolve(BROKEN)
+                waiter.resolve(bug_failure())
 
     def _is_lost(self, waiter: Waiter) -> bool:
         ticket = waiter.ticket
         if ticket.state is TicketState.WAITING:
             return ticket not in waiter.queue or not (self._tasks or self._timer)
-        return not any(ticket in tickets for tickets in self._tasks.values())
+        return ticket.task is None or ticket.task.done()
 
     async def _look_up(self, rows: Sequence[Row], batch: Batch) -> list[Line | Waiter]:
         """For each row its line if it is known, else who waits for it."""
@@ -3150,8 +3149,13 @@ WITHOUT_VPIC = ("failed", "offline", "stale")
 def overdue(ticket: Ticket) -> VpicUnavailable:
     """The failure of a lookup that can't wait any longer."""
     if ticket.state is TicketState.WAITING:
-        return VpicUnavailable(503, CROWDED, retry_after=1)
-    return VpicUnavailable(504, OVERDUE)
+        return VpicUnavailable(CROWDED, retry_after=1)
+    return VpicUnavailable(TOO_LATE)
+
+
+def bug_failure() -> VpicUnavailable:
+    """The failure of a lookup that a bug, or the end of the service, leaves without an answer."""
+    return VpicUnavailable(BROKEN, retry_after=1)
 
 
 def outcome_name(outcome: Outcome) -> str:
