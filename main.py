@@ -39,13 +39,15 @@ import math
 import os
 import re
 import secrets
+import signal
 import sqlite3
+import stat
 import sys
 import tempfile
 import time
 import weakref
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -59,6 +61,7 @@ from copy import copy, deepcopy
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
+from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
@@ -242,7 +245,9 @@ class Settings(BaseSettings):
 
     vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: no call is made, all is decoded offline
     vpic_timeout: Seconds = 8  # the deadline of one lookup, retries and waiting included
-    vpic_batch_timeout: Seconds = 30  # the deadline of one call for 50 VINs, of which vPIC decodes some 20 a second
+    # The deadline of one call for 50 VINs, of which vPIC decodes some 20 a second; and how long vPIC has to fail before
+    # the lines of a batch wait for it no longer.
+    vpic_batch_timeout: Seconds = 30
     vpic_concurrency: Count = 8  # calls under way at once
     vpic_rate: Count = 1000  # calls in any minute: NHTSA asks for no more
     nodes: Count = 1  # services, each of their workers counted, that share this rate and no storage to count it in
@@ -659,6 +664,10 @@ class Record(NamedTuple):
     def status(self) -> int:
         return 200 if self.decoded else 404
 
+    def answers(self, now: float, details: bool) -> bool:
+        """Whether vPIC need not be asked: the row is fresh, and has the attributes if they are wanted."""
+        return self.expires_at > now and (self.attributes is not None or not details)
+
     def told(self, outcome: str) -> Vehicle | Undecodable:
         """What there is to tell; `schema.sql` has its like for hits."""
         told = self._asdict() | {"cached_result": outcome in ("hit", "stale"), "fetched_at": utc(self.fetched_at)}
@@ -745,7 +754,7 @@ class VpicUnavailable(VincacheError):
     """vPIC gave no usable answer. Not asked, or refused: 503; too late: 504; anything else: 502.
 
     `cause` is for the log; `again` says whether the same call may fare better in a moment, `maybe_vin` whether a VIN
-    may be the cause, and `counts` whether it speaks against vPIC at all."""
+    may be the cause, `counts` whether it speaks against vPIC at all, `answered` whether vPIC did answer the call."""
 
     def __init__(
         self,
@@ -756,10 +765,12 @@ class VpicUnavailable(VincacheError):
         again: bool = False,
         maybe_vin: bool = False,
         counts: bool = True,
+        answered: bool = False,
         retry_after: float | None = None,
         **fields: str,
     ) -> None:
         self.status, self.cause, self.again, self.maybe_vin, self.counts = status, cause, again, maybe_vin, counts
+        self.answered = answered
         super().__init__(detail, retry_after=retry_after, **fields)
 
     def about(self, vin: str) -> "VpicUnavailable":
@@ -801,8 +812,17 @@ log = logging.getLogger("vincache")
 # Without the OpenTelemetry SDK these are empty shells.
 meter = metrics.get_meter("vincache")
 lookups_counter = meter.create_counter("vincache.lookups", description="VINs looked up, by outcome")
-vpic_duration = meter.create_histogram("vincache.vpic.duration", "s", "Duration of calls to vPIC, by outcome")
-store_duration = meter.create_histogram("vincache.store.duration", "s", "Duration of statements, by store and outcome")
+# From a hit on a file to the longest call; OpenTelemetry's own boundaries, 5 to 10,000, are for milliseconds.
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+vpic_duration = meter.create_histogram(
+    "vincache.vpic.duration", "s", "Duration of calls to vPIC, by outcome", explicit_bucket_boundaries_advisory=SECONDS
+)
+store_duration = meter.create_histogram(
+    "vincache.store.duration",
+    "s",
+    "Duration of statements, by store and outcome",
+    explicit_bucket_boundaries_advisory=SECONDS,
+)
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
@@ -810,28 +830,36 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z]{17}(?![0-9A-Za-z])")
 
 
-class OneLine(logging.Formatter):
-    """Plain text, one line an event, whatever comes in from outside or with a traceback."""
+class TextLine(logging.Formatter):
+    """Plain text, one line an event, whatever comes in from outside or with a traceback; times are UTC."""
+
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
 
     def format(self, record: logging.LogRecord) -> str:
         return CONTROL.sub(lambda control: ascii(control[0])[1:-1], super().format(record).rstrip())
 
 
-def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
-    """Give our lines and uvicorn's one form: plain text or JSON, with UTC times. Ours are without credentials, and
-    without VINs if so told."""
-    formatter: logging.Formatter
-    if form == "json":
-        formatter = JsonFormatter(
+class JsonLine(JsonFormatter):
+    """A JSON object, one line an event. README's log.json names it too, for uvicorn's parent process."""
+
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__(
             ["asctime", "levelname", "name", "message"],
             datefmt=UTC_TIME,
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             # Of uvicorn's: the message once more, with terminal colours in it.
             reserved_attrs=[*vars(logging.makeLogRecord({})), "color_message", "message", "asctime"],
         )
-    else:
-        formatter = OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
-    formatter.converter = time.gmtime
+
+
+def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
+    """Give our lines and uvicorn's one form. Ours are without credentials, and without VINs if so told."""
+    formatter = JsonLine() if form == "json" else TextLine()
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(logging.StreamHandler())
@@ -847,11 +875,19 @@ def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
     def make_discreet(record: logging.LogRecord) -> bool:
         record.msg, record.args = discreet(record.getMessage()), None
         if record.exc_info:
-            record.exc_text, record.exc_info = discreet(OneLine().formatException(record.exc_info)), None
+            record.exc_text, record.exc_info = discreet(TextLine().formatException(record.exc_info)), None
         return True
 
     log.filters[:] = [make_discreet]
     log.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").filters[:] = [explain_cancellation]
+
+
+def explain_cancellation(record: logging.LogRecord) -> bool:
+    """A sentence in place of the traceback that uvicorn logs for each request that it cancels at the end."""
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        record.msg, record.args, record.exc_info = "request cut off: --timeout-graceful-shutdown is over", None, None
+    return True
 
 
 Scrape = Callable[[str], tuple[bytes, str]]
@@ -1144,6 +1180,9 @@ REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
 REMOVALS_KEPT = 3600  # seconds
 
+CLOCK = "SELECT unixepoch()"
+CLOCK_TOLERANCE = 60  # seconds that a machine's clock may differ from the store's without a warning
+
 # The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
 BITE = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
@@ -1155,6 +1194,7 @@ SWEEP = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) VALUES ('', '', hex(zeroblob(4096)))"
 
 Rows = list[tuple[Any, ...]]
+Statement = tuple[str, Sequence[Any]]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
@@ -1170,8 +1210,8 @@ class Store(Protocol):
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, with all in them that was written before. Raises StoreFault."""
 
-    async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
-        """Carry the statement out; the rows that it returns. Raises StoreFault.
+    async def write(self, *statements: Statement) -> Rows:
+        """Carry the statements out as one transaction; the rows that the last one returns. Raises StoreFault.
 
         A caller that leaves breaks nothing off."""
 
@@ -1226,15 +1266,53 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             await task
 
 
+LOCK_TRY = 0.2  # seconds for which a thread waits for a file that somebody holds locked: nothing can break it off
+LOCK_PAUSE = 0.05  # seconds from one try to the next
+
+
+def is_stopping() -> bool:
+    """Whether uvicorn was told to end the process: it notes that at once, but acts on it after the start only."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(server, "should_exit", False) is True
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether somebody else holds a lock: waiting may help."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
+
+
+async def keep_trying(attempt: Callable[[], Awaitable[Taken]], patience: float) -> Taken:
+    """What the attempt returns, which is made again while somebody holds a lock, for so many seconds, and not once the
+    process is to end. Raises what it raises."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience
+    while True:
+        try:
+            return await attempt()
+        except (sqlite3.Error, OSError) as error:
+            if not is_locked(error) or loop.time() > deadline or is_stopping():
+                raise
+        await asyncio.sleep(LOCK_PAUSE)
+
+
 @asynccontextmanager
-async def alone(folder: Path) -> AsyncIterator[None]:
-    """Of all our processes, be the one that opens or retires a file in this folder."""
+async def alone(folder: Path, patience: float) -> AsyncIterator[None]:
+    """Of all our processes, be the one that opens or retires a file in this folder. Raises BlockingIOError if another
+    one does for longer than that."""
     if sys.platform == "win32":  # where a file that somebody has open can't be moved or deleted anyway
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+
+    async def lock() -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(errno.EAGAIN, "another process is opening it") from None
+
     try:
-        await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        await keep_trying(lock, patience)
         yield
     finally:
         os.close(descriptor)
@@ -1277,10 +1355,9 @@ class OpenFile(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A statement that writes, to be carried out before a time (loop time)."""
+    """Statements that write, one transaction, to be carried out before a time (loop time)."""
 
-    statement: str
-    parameters: Sequence[Any]
+    statements: Sequence[Statement]
     deadline: float
     rows: asyncio.Future[Rows]
 
@@ -1303,14 +1380,19 @@ class FileStore:
 
     async def __aenter__(self) -> "FileStore":
         try:
-            async with alone(self._path.resolve().parent):
+            async with alone(self._path.resolve().parent, MIGRATION_PATIENCE):
                 self._file = await self._open(max(START_PATIENCE, self._busy_timeout))
+            log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
         except (sqlite3.Error, OSError) as error:
-            us = f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"  # a mounted folder may be somebody else's
-            raise StartupError(
-                f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}"
-            ) from None
-        log.info("cache opened: %s, SQLite %s", self._path, sqlite3.sqlite_version)
+            if is_locked(error) and is_stopping():  # uvicorn ends a service that has started as it should be
+                log.info("told to stop while it waited for %s: %s", self._path, error)
+            else:
+                us = (
+                    f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"
+                )  # a mounted folder may be somebody else's
+                raise StartupError(
+                    f"VINCACHE_DATABASE: {self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
+                ) from None
         await self._tasks.enter_async_context(background(self._write_jobs()))
         await self._tasks.enter_async_context(background(self._watch()))
         return self
@@ -1324,29 +1406,29 @@ class FileStore:
     async def _open(self, patience: float) -> OpenFile:
         """Open what is at the path; a damaged file is moved aside for a fresh one."""
         path = self._path.resolve()
-        for last in (False, True):
-            try:
-                # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
-                await asyncio.to_thread(prepare, path, patience)
-                async with AsyncExitStack() as connections:
-                    reader, writer = [
-                        # The timeout stands before any statement. No isolation level: a statement is its own
-                        # transaction unless it is told otherwise, and a cancelled one leaves none open.
-                        await connections.enter_async_context(
-                            aiosqlite.connect(path, timeout=patience, isolation_level=None)
-                        )
-                        for _ in range(2)
-                    ]
-                    for connection in (reader, writer):
-                        await connection.executescript(SCHEMA)
-                    await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
-                    parts = {part: identity(f"{path}{part}") for part in PARTS}
-                    return OpenFile(path, parts, reader, writer, connections.pop_all())
-            except sqlite3.Error as error:
-                if last or not is_damage(error):
-                    raise
-                retire(path, {part: identity(f"{path}{part}") for part in PARTS}, str(error))
-        raise AssertionError
+        try:
+            return await keep_trying(lambda: self._try_to_open(path), patience)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            retire(path, {part: identity(f"{path}{part}") for part in PARTS}, str(error))
+        return await keep_trying(lambda: self._try_to_open(path), patience)
+
+    async def _try_to_open(self, path: Path) -> OpenFile:
+        # First without aiosqlite, whose thread outlives a failure and would have the log's last word.
+        await asyncio.to_thread(prepare, path)
+        async with AsyncExitStack() as connections:
+            reader, writer = [
+                # The timeout stands before any statement. No isolation level: a statement is its own transaction
+                # unless it is told otherwise, and a cancelled one leaves none open.
+                await connections.enter_async_context(aiosqlite.connect(path, timeout=LOCK_TRY, isolation_level=None))
+                for _ in range(2)
+            ]
+            for connection in (reader, writer):
+                await connection.executescript(SCHEMA)
+            await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
+            parts = {part: identity(f"{path}{part}") for part in PARTS}
+            return OpenFile(path, parts, reader, writer, connections.pop_all())
 
     async def _current(self) -> OpenFile:
         """The file, opened anew if what is at the path is no longer it: a ghost is never written to."""
@@ -1362,7 +1444,7 @@ class FileStore:
             self._file = None  # until it is open again, every write tries to
             moved = False
             try:
-                async with alone(self._path.resolve().parent):
+                async with alone(self._path.resolve().parent, self._busy_timeout):
                     if file is not None and damaged:
                         moved = retire(file.path, file.parts, cause)
                     elif file is not None:
@@ -1410,13 +1492,13 @@ class FileStore:
                 if file is self._file or self._file is None:
                     raise StoreFault(reason(error)) from error
 
-    async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
-        """Carry the statement out, which is a transaction; the rows that it returns.
+    async def write(self, *statements: Statement) -> Rows:
+        """Carry the statements out as one transaction; the rows that the last one returns.
 
         Raises StoreFault if nothing was written, within `busy_timeout`, the wait for the writes before it included. A
         caller that leaves breaks nothing off."""
         loop = asyncio.get_running_loop()
-        job = Job(statement, parameters, loop.time() + self._busy_timeout, loop.create_future())
+        job = Job(statements, loop.time() + self._busy_timeout, loop.create_future())
         self._jobs.put_nowait(job)
         return await job.rows
 
@@ -1447,7 +1529,7 @@ class FileStore:
             try:
                 # SQLite's own wait is the only one: what is told is what happened.
                 await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
-                return cast(Rows, await file.writer.execute_fetchall(job.statement, job.parameters))
+                return await transact(file.writer, job.statements)
             except sqlite3.Error as error:
                 if last or not is_damage(error):
                     raise
@@ -1469,10 +1551,27 @@ class FileStore:
             await self._replace(file or self._file, cause, damaged=True)
 
 
+async def transact(connection: aiosqlite.Connection, statements: Sequence[Statement]) -> Rows:
+    """Carry the statements out as one transaction; the rows that the last one returns. Raises sqlite3.Error."""
+    if len(statements) == 1:  # it is a transaction by itself
+        return cast(Rows, await connection.execute_fetchall(*statements[0]))
+    rows: Rows = []
+    await connection.execute_fetchall("BEGIN IMMEDIATE")
+    try:
+        for statement in statements:
+            rows = cast(Rows, await connection.execute_fetchall(*statement))
+        await connection.execute_fetchall("COMMIT")
+    finally:
+        if connection.in_transaction:
+            await connection.execute_fetchall("ROLLBACK")
+    return rows
+
+
 START_PATIENCE = 30  # seconds for which a start waits for a file that somebody holds locked
+MIGRATION_PATIENCE = 600  # seconds for which it waits for another process of ours, which may be migrating a large file
 
 
-def prepare(path: Path, patience: float) -> None:
+def prepare(path: Path) -> None:
     """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
 
     Raises sqlite3.Error, and StartupError if the file is a newer one or not ours."""
@@ -1481,11 +1580,31 @@ def prepare(path: Path, patience: float) -> None:
         for part in PARTS[1:]:  # somebody's whose file is gone
             Path(f"{path}{part}").unlink(missing_ok=True)
     sqlite3.connect(path).close()  # makes the file
+    if status is None:
+        share_with_group(path)
     # Read-only, so that not even its -wal is written into another's file, as it is when a last connection closes.
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=patience)) as file:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCK_TRY)) as file:
         tables = upgrade(str(path), *file.execute(OWNER).fetchone())
-    with closing(sqlite3.connect(path, timeout=patience, isolation_level=None)) as file:
+    with closing(sqlite3.connect(path, timeout=LOCK_TRY, isolation_level=None)) as file:
         file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
+
+
+def share_with_group(path: Path) -> None:
+    """Let the folder's group write the new file where it may write the folder: a container that runs as another user
+    of that group goes on with it. SQLite gives the -wal and the -shm the same mode."""
+    file, folder = path.stat(), path.parent.stat()
+    if folder.st_mode & stat.S_IWGRP and folder.st_gid == file.st_gid:
+        path.chmod(file.st_mode | stat.S_IRGRP | stat.S_IWGRP)
+
+
+def owners(path: Path) -> str:
+    """For the end of an error: who owns the file and its folder, and their modes, as far as they are there."""
+    told = ""
+    for what, place in (("the file", path), ("its folder", path.parent)):
+        with suppress(OSError):
+            status = place.stat()
+            told += f"; {what} belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}"
+    return told
 
 
 def retire(path: Path, parts: dict[str, Identity], cause: str) -> bool:
@@ -1620,12 +1739,12 @@ class ClusterStore:
         [rows], _ = await self._ask("query?level=weak", [[statement, *given]], self._patience)
         return rows
 
-    async def write(self, statement: str, parameters: Sequence[Any]) -> Rows:
-        """Carry the statement out; the rows that it returns.
+    async def write(self, *statements: Statement) -> Rows:
+        """Carry the statements out as one transaction; the rows that the last one returns.
 
         Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
         breaks nothing off."""
-        return await asyncio.shield(self._begin(self._write(statement, parameters)))
+        return await asyncio.shield(self._begin(self._write(statements)))
 
     def _begin(self, work: Coroutine[Any, Any, Taken]) -> asyncio.Task[Taken]:
         """A task that is done before the store is closed."""
@@ -1634,10 +1753,11 @@ class ClusterStore:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _write(self, statement: str, parameters: Sequence[Any]) -> Rows:
+    async def _write(self, statements: Sequence[Statement]) -> Rows:
         await self._opened()
-        [rows], again = await self._ask("execute?", [[statement, *parameters]], self._patience)
-        if again and not rows and "RETURNING" in statement:
+        given = [[statement, *parameters] for statement, parameters in statements]
+        [*_, rows], again = await self._ask("execute?transaction", given, self._patience)
+        if again and not rows and "RETURNING" in statements[-1][0]:
             raise StoreFault("it may have been done before")
         return rows
 
@@ -1749,6 +1869,7 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
     return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
 
 
+READ_TIMEOUT_S = 5  # a store that hangs for so long cannot be read; a cluster gives up by itself before that
 FEW = 16  # hits for which a statement may wait for others: in a crowd turns are long, and it has enough
 
 
@@ -1759,6 +1880,7 @@ class Cache:
         self._store = store
         self._grace = grace
         self._faults: dict[str, str] = {}
+        self._clock_differs = False
         self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
         self._answering: asyncio.Task[None] | None = None
         self._checking: asyncio.Task[str] | None = None
@@ -1784,17 +1906,18 @@ class Cache:
 
     async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         try:
-            rows = await self._timed(self._store.read(statement, parameters))
-        except StoreFault as fault:
-            self._fault("read", str(fault))
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                rows = await self._timed(self._store.read(statement, parameters))
+        except (StoreFault, TimeoutError) as fault:
+            self._fault("read", str(fault) or "no answer in time")
             return []
         if self._faults:
             self._no_fault("read")
         return rows
 
-    async def _write(self, statement: str, parameters: Sequence[Any] = ()) -> Rows:
+    async def _write(self, *statements: Statement) -> Rows:
         try:
-            rows = await self._timed(self._store.write(statement, parameters))
+            rows = await self._timed(self._store.write(*statements))
         except StoreFault as fault:
             self._fault("written", str(fault))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
@@ -1850,19 +1973,20 @@ class Cache:
         are not cached. Returns within the store's patience: `busy_timeout` or CLUSTER_PATIENCE."""
         rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
-            await self._write(STORE, (rows,))
+            await self._write((STORE, (rows,)))
 
     async def extend(self, questions: Sequence[Question], expires_at: int) -> None:
         """Let the rows of these questions count as fresh until `expires_at` (unix seconds)."""
         with suppress(CacheUnavailable):
-            await self._write(EXTEND, (expires_at, json.dumps(questions)))
+            await self._write((EXTEND, (expires_at, json.dumps(questions))))
 
     async def remove(self, vin: str) -> bool:
         """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
 
         Raises CacheUnavailable, and then nothing was removed from a file; from a cluster, it may have been."""
-        await self._write(REMOVAL, (vin, time.time_ns()))  # first: from now on no fetching puts it back
-        return bool(await self._write(REMOVE, (vin,)))
+        # One transaction, because a lookup that reads between the two would take the row for one of after the removal.
+        now = await self._clock() or int(time.time())
+        return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,))))
 
     async def removal(self, question: Question) -> int | None:
         """Which removal was the last of this VIN."""
@@ -1872,16 +1996,38 @@ class Cache:
     async def sweep(self, keep_expired: float) -> None:
         """Now and then, for ever, delete the rows expired for longer than `keep_expired` seconds, in small bites."""
         while True:
-            last, cutoff = "", time.time() - keep_expired
             with suppress(CacheUnavailable):
-                while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
-                    [(upto, expired)] = bite
-                    if expired:
-                        await self._write(SWEEP, (last, upto, cutoff))
-                    last = upto
-                    await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
-                await self._write(FORGET_REMOVALS, (time.time_ns() - REMOVALS_KEPT * 10**9,))
+                if clock := await self._clock():
+                    await self._sweep_once(min(clock, time.time()), keep_expired)  # the store's may be the wrong one
             await asyncio.sleep(min(3600, max(1, keep_expired / 10)))
+
+    async def _sweep_once(self, now: float, keep_expired: float) -> None:
+        last, cutoff = "", now - keep_expired
+        while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
+            [(upto, expired)] = bite
+            if expired:
+                await self._write((SWEEP, (last, upto, cutoff)))
+            last = upto
+            await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
+        await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT) * 10**9,)))
+
+    async def _clock(self) -> int | None:
+        """The store's clock (unix seconds), or None if it can't be read. What is deleted goes by it, because the clock
+        of one of many machines may be wrong by days; that machine's log says so."""
+        rows = await self._read(CLOCK, ())
+        if not rows:
+            return None
+        clock: int = rows[0][0]
+        ahead = time.time() - clock
+        if (abs(ahead) > CLOCK_TOLERANCE) != self._clock_differs:
+            self._clock_differs = not self._clock_differs
+            if self._clock_differs:
+                log.warning(
+                    "this machine's clock differs from the cache's by %+d s: rows expire too soon or late", ahead
+                )
+            else:
+                log.info("this machine's clock agrees with the cache's again")
+        return clock
 
     async def check(self) -> str:
         """`ok` if the store can be read and written just now, else the reason why not.
@@ -1893,7 +2039,7 @@ class Cache:
 
     async def _check(self) -> str:
         with suppress(CacheUnavailable):  # first: a write opens anew what was moved or deleted
-            await self._write(PROBE)
+            await self._write((PROBE, ()))
         await self._read(REMOVED_AT, ("",))
         self._checked_at = time.monotonic()
         return "; ".join(f"cannot be {kind}: {why}" for kind, why in self._faults.items()) or "ok"
@@ -2014,6 +2160,7 @@ class Breaker:
         self._failures = failures
         self._seconds = seconds
         self._failed: list[frozenset[object]] = []  # since the last answer: for which VINs, none explaining another
+        self._first_failed_at = self._last_failed_at = 0.0  # of the calls since the last answer (monotonic)
         self._open_until: float | None = None  # monotonic; None: closed
         self._open_since = 0.0  # unix seconds
         self._probing = False
@@ -2027,6 +2174,10 @@ class Breaker:
     def state(self) -> str:
         """`ok`, or since when vPIC is left alone."""
         return "ok" if self.closed else f"open since {utc(self._open_since)}"
+
+    def has_failed_for(self, seconds: float) -> bool:
+        """Whether vPIC is left alone, and its calls have failed for so long, from the first to the last one."""
+        return not self.closed and self._last_failed_at - self._first_failed_at >= seconds
 
     def refusal(self) -> VpicUnavailable | None:
         """The error for a call that is not to be made now, or None."""
@@ -2048,6 +2199,9 @@ class Breaker:
             yield
         except VpicUnavailable as error:
             if error.counts:
+                self._last_failed_at = time.monotonic()
+                if not self._failed:
+                    self._first_failed_at = self._last_failed_at
                 failed = frozenset[object](vins if error.maybe_vin else [object()])
                 self._failed = [other for other in self._failed if not other > failed]
                 if not any(other <= failed for other in self._failed):
@@ -2084,12 +2238,41 @@ class Vpic:
         self._rates = rates
         self._url = settings.vpic_url
         self._fair_time = settings.vpic_timeout / 2
+        self._batch_timeout = settings.vpic_batch_timeout
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
 
-    async def decode(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoded]:
+    @property
+    def is_off(self) -> bool:
+        """Whether the settings say that vPIC is never asked."""
+        return not self._url
+
+    @property
+    def state(self) -> str:
+        """`ok`, `offline`, or since when vPIC is left alone."""
+        return "offline" if self.is_off else self.breaker.state
+
+    def refusal(self) -> VpicUnavailable | None:
+        """The error for a call that is not to be made now, or None."""
+        if self.is_off:
+            return VpicUnavailable(503, "vPIC is switched off, and the offline data does not serve.")
+        return self.breaker.refusal()
+
+    def is_given_up(self) -> bool:
+        """Whether not even a batch waits for vPIC any longer."""
+        return self.is_off or self.breaker.has_failed_for(self._batch_timeout)
+
+    async def decode(
+        self, questions: Sequence[Question], deadline: float, patient: bool = False
+    ) -> dict[Question, Decoded]:
         """Ask vPIC up to 50 questions, of different VINs; those it does not answer are left out.
 
-        Raises VpicUnavailable, at `deadline` (loop time) at the latest, retries included."""
+        Raises VpicUnavailable, at `deadline` (loop time) at the latest, retries included; the time for which a patient
+        caller waits for our own rate, up to a minute, comes on top."""
+        has_turn = patient
+        if patient:
+            seconds = deadline - asyncio.get_running_loop().time()
+            await self._keep_to_rate(math.inf)
+            deadline = asyncio.get_running_loop().time() + seconds
         async for attempt in stamina.retry_context(
             on=lambda error: self._wait_before_retry(error, deadline),
             attempts=3,
@@ -2099,7 +2282,9 @@ class Vpic:
             wait_max=1,
         ):
             with attempt:
-                await self._keep_to_rate(deadline)
+                if not has_turn:
+                    await self._keep_to_rate(deadline)
+                has_turn = False
                 with self.breaker.watching(questions):
                     return await self._call_noted(questions, deadline)
         raise AssertionError  # the loop returns or raises
@@ -2207,12 +2392,10 @@ async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerT
 
 
 @asynccontextmanager
-async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic | None]:
-    """vPIC with its session, or None where the settings say offline only."""
+async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
+    """vPIC with its session."""
     if not settings.vpic_url:
         log.warning("VINCACHE_VPIC_URL is empty: VINs are decoded offline")
-        yield None
-        return
     url = urlsplit(settings.vpic_url)
     stamina.instrumentation.set_on_retry_hooks([])  # a failed call has its line already
     async with aiohttp.ClientSession(
@@ -2237,157 +2420,275 @@ def offline_installed() -> bool:
 
 
 def decode_offline(questions: Sequence[Question]) -> dict[Question, Decoded]:
-    """Decode without vPIC, some 0.1 ms a VIN; nothing where ultravin is not installed."""
+    """Decode without vPIC, some 0.1 ms a VIN. Left out is what can't be decoded, be it for a fault of ultravin's or
+    because it is not installed."""
+    found: dict[Question, Decoded] = {}
     try:
         import ultravin  # 30 MB that a service with a healthy vPIC never needs
+
+        for question in questions:
+            vin, year = vin_of(question), model_year_of(question)
+            elements = ultravin.decode(vin, year=int(year) if year else None, full=True)["elements"]
+            flat = dict.fromkeys(VPIC_KEYS.values(), "") | {element["code"]: element["value"] for element in elements}
+            found[question] = translate(flat | {"VIN": vin})
     except ImportError:
-        return {}
-    found = {}
-    for question in questions:
-        vin, year = vin_of(question), model_year_of(question)
-        elements = ultravin.decode(vin, year=int(year) if year else None, full=True)["elements"]
-        flat = dict.fromkeys(VPIC_KEYS.values(), "") | {element["code"]: element["value"] for element in elements}
-        found[question] = translate(flat | {"VIN": vin})
+        pass
+    except Exception as error:  # noqa: BLE001 - a library's: it may be anything, and means no more than "unknown offline"
+        log.warning("offline decoding failed: %r", error)
     return found
 
 
 # ======================================================================================================================
-# Lookup: the walk of a question through the rooms above. Whatever vPIC does, it ends in an answer, or in one clear
-# error. First the counter, which does no I/O: who is asked next of those who wait for one of vPIC's places.
+# Lookups: how a question comes to its answer. `Scheduler` does no I/O: it decides which tickets go into the next call
+# to vPIC. `Lookups` reads the cache, makes the calls, and answers without vPIC where vPIC can't be used. Every lookup
+# ends: with an answer, or with one clear error.
 # ======================================================================================================================
 
 
 class Found(NamedTuple):
-    """What a question came to: a record, and how it was come by (hit, vpic, stale, offline)."""
+    """A record that answers a question, and where it came from: hit, vpic, stale or offline."""
 
     record: Record
     outcome: str
 
-    def answer(self, details: bool) -> Answer:
-        return self.record.answer(self.outcome, details)
+
+# What a waiter gets: an answer, or the reason why there is none.
+Outcome = Found | VpicUnavailable
 
 
-Landing = Found | VpicUnavailable
+class TicketState(Enum):
+    WAITING = "waiting"
+    CALLED = "called"
+    DONE = "done"
+
+
+NOT_READ = -1  # as a ticket's `removal`: it was not read yet
 
 
 class Ticket:
-    """A question that is to be asked, shared by all who wait for its answer."""
+    """A question on its way to vPIC. Everybody who asks it in the meantime shares the ticket, each as a `Waiter`.
+
+    | state   | where the ticket is              | what moves it on                                                    |
+    |---------|----------------------------------|---------------------------------------------------------------------|
+    | WAITING | in the queues of all its waiters | `Scheduler.take_calls` takes it into a call: CALLED                 |
+    |         |                                  | its last waiter leaves: DONE                                        |
+    | CALLED  | with the one task of that call   | a row stored meanwhile answers it: DONE                             |
+    |         |                                  | vPIC answers, and the record is stored, or could not be: DONE       |
+    |         |                                  | the call fails: WAITING again where another call may help; else     |
+    |         |                                  | DONE, and its waiters are answered without vPIC                     |
+    |         |                                  | the task ends in any other way: DONE, with a failure                |
+    | DONE    | nowhere                          |                                                                     |
+    """
 
     def __init__(self, question: Question, details: bool) -> None:
         self.question = question
-        self.details = details  # somebody wants the attributes: a row without them is no answer
-        self.wanted = 0  # by how many lookups and batches; a refresh is for nobody
-        self.boarded = False  # it no longer waits for a place
-        self.asked = False  # its cached row and its last removal were read, and vPIC is being asked
-        self.removal: int | None = None
-        self.alone = False  # a call for several failed that it was in
-        self.landing: Landing | None = None  # what there is to tell
-        self.told = asyncio.Event()
-        self.done = asyncio.Event()  # it was stored, too, or there is nothing to store
+        self.details = details  # a waiter wants the attributes: a row without them is no answer
+        self.state = TicketState.WAITING
+        self.waiters: dict[Waiter, None] = {}  # a dict, because it keeps their order
+        self.removal: int | None = NOT_READ  # the last removal of the VIN, read just before vPIC is asked
+        self.removal_read = asyncio.Event()  # that was done, or the call is over
+        self.found: Found | None = None  # vPIC's answer, while it is being stored
+        self.alone = False  # a call for several VINs failed, and this VIN may be why: it needs a call of its own
+        self.failures = 0  # calls that failed, and no other VIN can be why
 
 
-Line = dict[Question, Ticket]
+class Queue:
+    """Tickets that wait for a call to vPIC, in order."""
+
+    def __init__(self) -> None:
+        self._tickets: OrderedDict[Ticket, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return iter(self._tickets)
+
+    def __contains__(self, ticket: Ticket) -> bool:
+        return ticket in self._tickets
+
+    def add(self, ticket: Ticket, first: bool = False) -> None:
+        self._tickets.setdefault(ticket)
+        if first:
+            self._tickets.move_to_end(ticket, last=False)
+
+    def discard(self, ticket: Ticket) -> None:
+        self._tickets.pop(ticket, None)
 
 
-class Counter:
-    """vPIC's places, and the lines that wait for one: lookups, then the batches in turn, then refreshes.
+class Waiter:
+    """A lookup, a line of a batch, or a refresh, that shares a ticket. Nobody reads the outcome of a refresh."""
 
-    A lookup that finds a free place goes alone and at once. Where they wait, they share the next call: how many is the
-    lesser of what deals them all to the places that are free, and of twice what would deal them to all places. So a
-    place that frees alone does not take nearly all of them, and places that free together share them. What no lookup
-    waits for takes half of the places at most."""
+    def __init__(self, ticket: Ticket, queue: Queue) -> None:
+        self.ticket = ticket
+        self.queue = queue  # whose turn the ticket may use for this waiter
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    def resolve(self, outcome: Outcome) -> None:
+        """Give the waiter its outcome, unless it has one. The first one counts."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+
+class Call(NamedTuple):
+    """Tickets that go to vPIC together, and whether no lookup waits for them."""
+
+    tickets: list[Ticket]
+    background: bool
+
+
+class Scheduler:
+    """Decides which tickets go into the next calls to vPIC.
+
+    Lookups come first. A lookup that finds a free place is called alone and at once. When all places are taken,
+    lookups share the next calls. A call then takes min(50, ceil(waiting / free places), 2 * ceil(waiting / all places))
+    of them: the first term empties the queue with the places that are free now, the second one keeps a place that
+    frees alone from taking nearly all.
+
+    Batches and refreshes share what lookups leave, half of the places at most. They take turns: in each round every
+    batch has one call, and then the refreshes have one."""
 
     def __init__(self, places: int) -> None:
-        self._places = self._free = places
-        self._for_background = max(1, places // 2)
-        self.lookups: Line = {}
-        self.batches: deque[Line] = deque()
-        self.refreshes: Line = {}
+        self.places = places  # calls that may be under way at once
+        self.free_places = places
+        self.free_for_background = max(1, places // 2)  # how many more of them batches and refreshes may take
+        self.lookups = Queue()
+        self.refreshes = Queue()
+        self.batches: list[Queue] = []  # one for each batch that is being answered; the one served last is at the end
+        self._round: list[Queue] = []  # those that have not had their turn in this round
 
-    def leave(self, ticket: Ticket) -> None:
-        """Take a ticket out of all lines."""
-        for line in (self.lookups, self.refreshes, *self.batches):
-            line.pop(ticket.question, None)
+    def join(self, ticket: Ticket, queue: Queue) -> Waiter:
+        waiter = Waiter(ticket, queue)
+        ticket.waiters[waiter] = None
+        if ticket.state is TicketState.WAITING:
+            queue.add(ticket)
+        return waiter
 
-    def deal(self, most: int) -> Iterator[tuple[list[Ticket], bool]]:
-        """The next calls, of `most` tickets at the most: who boards each, and whether it is for the background.
+    def leave(self, waiter: Waiter) -> None:
+        """Take the waiter off its ticket, and the ticket out of its queue unless another waiter is there for it."""
+        waiter.ticket.waiters.pop(waiter, None)
+        if not any(other.queue is waiter.queue for other in waiter.ticket.waiters):
+            waiter.queue.discard(waiter.ticket)
 
-        Each takes a place until it is freed."""
-        size = min(
-            most, math.ceil(len(self.lookups) / max(1, self._free)), 2 * math.ceil(len(self.lookups) / self._places)
-        )
-        while self._free and self.lookups:
-            self._free -= 1
-            yield self._board(self.lookups, size), False
-        while self._free and self._for_background and (line := self._next_background()):
-            self._free -= 1
-            self._for_background -= 1
-            yield self._board(line, most), True
+    def put_back(self, ticket: Ticket, first: bool) -> None:
+        """Let a ticket that was called wait again, at the front or at the end of the queues it came from."""
+        ticket.state, ticket.removal = TicketState.WAITING, NOT_READ
+        ticket.removal_read.clear()
+        for waiter in ticket.waiters:
+            waiter.queue.add(ticket, first)
 
-    def free(self, background: bool) -> None:
-        self._free += 1
-        self._for_background += background
+    def waiters(self, queues: Iterable[Queue]) -> list[Waiter]:
+        """Everybody who waits in these queues."""
+        return [waiter for queue in queues for ticket in queue for waiter in ticket.waiters if waiter.queue is queue]
 
-    def everybody(self) -> list[Ticket]:
-        """All who wait, with no place for any of them."""
-        tickets = {ticket for line in (self.lookups, self.refreshes, *self.batches) for ticket in line.values()}
-        for ticket in tickets:
-            self.leave(ticket)
-            ticket.boarded = True
-        return list(tickets)
+    def take_calls(self, most: int) -> Iterator[Call]:
+        """The next calls, of `most` tickets each at the most. Each one takes a place until `free` gives it back."""
+        waiting = len(self.lookups)
+        size = min(most, math.ceil(waiting / max(1, self.free_places)), 2 * math.ceil(waiting / self.places))
+        while self.free_places and self.lookups:
+            yield self._take(self.lookups, size, background=False)
+        while self.free_places and self.free_for_background and (queue := self._next_turn()):
+            yield self._take(queue, most, background=True)
 
-    def _next_background(self) -> Line | None:
-        for _ in range(len(self.batches)):
-            self.batches.rotate(-1)
-            if self.batches[-1]:
-                return self.batches[-1]
-        return self.refreshes or None
+    def free(self, call: Call) -> None:
+        self.free_places += 1
+        self.free_for_background += call.background
 
-    def _board(self, line: Line, size: int) -> list[Ticket]:
-        boarding: list[Ticket] = []
+    def _next_turn(self) -> Queue | None:
+        """Whose turn it is, of those who have anything to ask."""
+        self._round = [queue for queue in self._round if queue] or [
+            queue for queue in (*self.batches, self.refreshes) if queue
+        ]
+        if not self._round:
+            return None
+        queue = self._round.pop(0)
+        if queue in self.batches:  # the last one in the next round
+            self.batches.remove(queue)
+            self.batches.append(queue)
+        return queue
+
+    def _take(self, queue: Queue, size: int, background: bool) -> Call:
+        tickets: list[Ticket] = []
         vins: set[str] = set()
-        for ticket in line.values():
-            if ticket.alone and boarding:
+        for ticket in queue:
+            if ticket.alone and tickets:
                 continue
-            if vin_of(ticket.question) not in vins:  # the answer would not say which year it is for
-                boarding.append(ticket)
+            if vin_of(ticket.question) not in vins:  # vPIC's answer names the VIN, but not the year it was asked with
+                tickets.append(ticket)
                 vins.add(vin_of(ticket.question))
-            if ticket.alone or len(boarding) == size:
+            if ticket.alone or len(tickets) == size:
                 break
-        for ticket in boarding:
-            self.leave(ticket)
-            ticket.boarded = True
-        return boarding
+        for ticket in tickets:
+            ticket.state = TicketState.CALLED
+            for waiter in ticket.waiters:
+                waiter.queue.discard(ticket)
+        self.free_places -= 1
+        self.free_for_background -= background
+        return Call(tickets, background)
+
+
+class Batch:
+    """A batch while it is being answered."""
+
+    def __init__(self, details: bool) -> None:
+        self.details = details
+        self.queue = Queue()
+        self.lines: deque[str | Waiter] = deque()  # in the order of the rows: a line, or who waits for its outcome
+        self.waiters: set[Waiter] = set()  # all who wait, also those that are not in `lines` yet
+        self.outcomes: Counter[str] = Counter()  # of the lines for which vPIC was needed
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the next line is there."""
+        return bool(self.lines) and (isinstance(self.lines[0], str) or self.lines[0].outcome.done())
 
 
 WINDOW = 100  # lines of a batch at once: a single hit waits no longer than these take
-AHEAD = 500  # lines of a batch that are looked up before the first of them is told
+AHEAD = 500  # lines of a batch that are looked up before the first of them is answered
 REFRESHES = 10_000  # that wait at most; a hit on a row beyond them will ask again
+STAND_IN_S = 0.5  # at the end of a lookup's time, in which it is answered without vPIC
+LOST_S = 60  # after which a line of a batch that still waits makes sure that somebody works on it
+
+OVERDUE = "vPIC did not answer in time; ask again later."
+CROWDED = "Too many VINs are waiting for vPIC; ask again later."
+BROKEN = VpicUnavailable(503, "The service failed to ask vPIC; its log has the cause.", retry_after=1)
 
 
 class Lookups:
-    """Every lookup goes through here; use as `async with`, which ends what is under way at exit."""
+    """Every lookup goes through here. Use it as `async with`: at its end, nothing begins any more."""
 
-    def __init__(self, cache: Cache, vpic: Vpic | None, settings: Settings) -> None:
+    def __init__(self, cache: Cache, vpic: Vpic, settings: Settings) -> None:
         self._cache = cache
         self._vpic = vpic
         self._settings = settings
-        self._counter = Counter(settings.vpic_concurrency)
-        self._tickets: dict[Question, Ticket] = {}  # that have not landed yet
-        self._late: dict[Question, Ticket] = {}  # of those who could not wait for theirs to land
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._dealing: asyncio.Handle | None = None
+        self._scheduler = Scheduler(settings.vpic_concurrency)
+        # The last part of a lookup's time, and of the time before it: a call that fails by then is answered by itself.
+        self._reserve = min(STAND_IN_S, settings.vpic_timeout / 16)
+        self._tickets: dict[Question, Ticket] = {}  # by question the ticket that a new waiter joins
+        self._tasks: dict[
+            asyncio.Task[None], list[Ticket]
+        ] = {}  # calls and answers without vPIC, each with its tickets
+        self._overdue: list[Waiter] = []  # lookups that can wait for vPIC no longer, until `_schedule` sees them
+        self._scheduled: asyncio.Handle | None = None  # the next `_schedule`
+        self._timer: asyncio.TimerHandle | None = None  # for the time when vPIC is left alone no longer
+        self._closed = False
 
     async def __aenter__(self) -> "Lookups":
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._closed = True
+        if self._timer:
+            self._timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        scheduler = self._scheduler
+        for waiter in scheduler.waiters([scheduler.lookups, scheduler.refreshes, *scheduler.batches]):
+            waiter.resolve(BROKEN)
 
     async def hit(self, question: Question) -> Answer | None:
-        """The cached answer. One that has expired, but not for long, is served too, and asked anew behind it."""
+        """The cached answer. A row in its grace is served too, and is asked anew behind the answer."""
         cached = await self._cache.hit(question)
         return None if cached is None else self._serve(question, cached)
 
@@ -2398,195 +2699,229 @@ class Lookups:
         return cached
 
     async def lookup(self, question: Question, details: bool = False) -> Answer:
-        """The answer to one question, within `vpic_timeout`. Raises VpicUnavailable if there is none to be had."""
-        deadline = asyncio.get_running_loop().time() + self._settings.vpic_timeout
-        if details:
-            cached = (await self._cache.answers([question], details)).get(question)
-            if cached is not None:
-                return self._serve(question, cached)
-        elif answer := await self.hit(question):
-            return answer
-        ticket = await self._join(question, details)
-        landing = await self._wait(ticket, deadline)
-        count(landing)
-        if isinstance(landing, VpicUnavailable):
-            raise landing.about(vin_of(question))
-        return landing.answer(details)
+        """The answer to one question, within `vpic_timeout`. Raises VpicUnavailable if there is none."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self._settings.vpic_timeout - self._reserve
+        try:
+            async with asyncio.timeout_at(give_up_at):
+                if details:
+                    cached = (await self._cache.answers([question], details)).get(question)
+                    if cached is not None:
+                        return self._serve(question, cached)
+                elif answer := await self.hit(question):
+                    return answer
+                waiter = await self._join(question, details, self._scheduler.lookups)
+        except TimeoutError:  # the store does not answer
+            waiter = Waiter(Ticket(question, details), self._scheduler.lookups)
+        try:
+            await asyncio.wait([waiter.outcome], timeout=max(0, give_up_at - loop.time()))
+            if not waiter.outcome.done():
+                self._give_up(waiter)
+                await asyncio.wait([waiter.outcome], timeout=STAND_IN_S)
+        finally:
+            self._leave(waiter)
+        outcome = waiter.outcome.result() if waiter.outcome.done() else overdue(waiter.ticket)
+        lookups_counter.add(1, {"outcome": outcome_name(outcome)})
+        if isinstance(outcome, VpicUnavailable):
+            raise outcome.about(vin_of(question))
+        return outcome.record.answer(outcome.outcome, details)
 
-    # -- Standing in line ----------------------------------------------------------------------------------------------
+    # -- Waiting -------------------------------------------------------------------------------------------------------
 
-    async def _join(self, question: Question, details: bool, line: Line | None = None) -> Ticket:
-        """The ticket of this question that is under way, or a new one that stands in line for a place."""
-        ticket = self._tickets.get(question)
-        if ticket and ticket.asked and ticket.removal != await self._cache.removal(question):
-            ticket = None  # what it is told was removed since
+    async def _join(self, question: Question, details: bool, queue: Queue) -> Waiter:
+        """Wait for the ticket of this question, or for a new one if there is none that may answer it."""
+        while (ticket := self._tickets.get(question)) and ticket.state is TicketState.CALLED:
+            await ticket.removal_read.wait()
+            removal = await self._cache.removal(question)
+            # Both take time: meanwhile the ticket may be done or wait again, or another one may be in its place.
+            if self._tickets.get(question) is ticket and ticket.state is TicketState.CALLED:
+                if ticket.removal == removal:
+                    break
+                del self._tickets[question]  # what it is answered with was removed since; its own waiters keep it
         if ticket is None:
             ticket = self._tickets[question] = Ticket(question, details)
         ticket.details |= details
-        if not ticket.boarded:
-            (self._counter.lookups if line is None else line)[question] = ticket
+        waiter = self._scheduler.join(ticket, queue)
+        if self._closed:
+            waiter.resolve(BROKEN)
+        self._wake()
+        return waiter
+
+    def _leave(self, waiter: Waiter) -> None:
+        """Wait no longer. A ticket that nobody waits for is not asked."""
+        self._scheduler.leave(waiter)
+        ticket = waiter.ticket
+        if ticket.state is TicketState.WAITING and not ticket.waiters:
+            self._end(ticket)
+
+    def _end(self, ticket: Ticket, outcome: Outcome | None = None) -> None:
+        """The ticket is done: those who still wait for it get this outcome."""
+        ticket.state = TicketState.DONE
+        ticket.removal_read.set()
+        if self._tickets.get(ticket.question) is ticket:
+            del self._tickets[ticket.question]
+        if outcome is not None:
+            for waiter in ticket.waiters:
+                waiter.resolve(outcome)
+        ticket.waiters.clear()
+
+    def _give_up(self, waiter: Waiter) -> None:
+        """A lookup can wait for vPIC no longer: it gets vPIC's answer if that is only being stored, else another."""
+        if waiter.ticket.found:
+            waiter.resolve(waiter.ticket.found)
+        else:
+            self._overdue.append(waiter)
             self._wake()
-        ticket.wanted += 1
-        return ticket
-
-    def _leave(self, ticket: Ticket) -> None:
-        """Who has joined leaves, with or without an answer; what nobody wants any more is not asked."""
-        ticket.wanted -= 1
-        if not ticket.wanted and not ticket.boarded:
-            self._counter.leave(ticket)
-            self._forget(ticket)
-
-    def _forget(self, ticket: Ticket) -> None:
-        for tickets in (self._tickets, self._late):
-            if tickets.get(ticket.question) is ticket:
-                del tickets[ticket.question]
-
-    async def _wait(self, ticket: Ticket, deadline: float) -> Landing:
-        """What the ticket comes to, at `deadline` (loop time) at the latest; then without vPIC's word, if need be."""
-        with suppress(TimeoutError):
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await ticket.done.wait()
-            finally:
-                self._leave(ticket)
-        if ticket.landing is None:  # others may wait for it still
-            ticket = self._in_its_place(ticket)
-            await ticket.told.wait()  # to store it may take longer
-        return cast(Landing, ticket.landing)
-
-    def _in_its_place(self, ticket: Ticket) -> Ticket:
-        """For all who can't wait any longer for a ticket, one that lands without vPIC."""
-        late = self._late.get(ticket.question)
-        if late is None:
-            if ticket.boarded:
-                failure = VpicUnavailable(504, "vPIC did not answer in time; ask again later.")
-            else:
-                failure = VpicUnavailable(503, "Too many VINs are waiting for vPIC; ask again later.", retry_after=1)
-            late = self._late[ticket.question] = Ticket(ticket.question, ticket.details)
-            self._run(self._fall_back([late], failure))
-        return late
 
     def _refresh(self, question: Question) -> None:
-        """Ask anew, for nobody, when nobody waits."""
-        if question not in self._tickets and len(self._counter.refreshes) < REFRESHES:
-            ticket = self._tickets[question] = self._counter.refreshes[question] = Ticket(question, details=False)
-            ticket.wanted = 1  # by itself: it stays in line, whoever else joins and leaves
+        """Ask vPIC anew, when no lookup and no batch needs it."""
+        queue = self._scheduler.refreshes
+        if question not in self._tickets and len(queue) < REFRESHES:
+            ticket = self._tickets[question] = Ticket(question, details=False)
+            self._scheduler.join(ticket, queue)
             self._wake()
 
-    # -- Being asked ---------------------------------------------------------------------------------------------------
+    # -- Calling vPIC --------------------------------------------------------------------------------------------------
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do it behind those who wait for it: nobody who leaves can cancel it."""
+    def _wake(self) -> None:
+        """Have `_schedule` run, after all who come or go in this turn of the loop."""
+        if self._scheduled is None and not self._closed:
+            self._scheduled = asyncio.get_running_loop().call_soon(self._schedule)
+
+    def _schedule(self) -> None:
+        """Start what can be started now: calls to vPIC, and answers without vPIC for those who can't wait for it."""
+        self._scheduled = None
+        if self._closed:
+            return
+        if self._overdue:
+            self._run(self._answer_without_vpic(self._overdue, None))
+            self._overdue = []
+        scheduler, refusal = self._scheduler, self._vpic.refusal()
+        if refusal is None:
+            # To find out whether vPIC is there again, one VIN has to wait for it, not fifty.
+            for call in scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
+                self._run(self._call_vpic(call), call.tickets)
+            return
+        impatient = [scheduler.lookups, scheduler.refreshes]
+        refused = scheduler.waiters([*impatient, *scheduler.batches] if self._vpic.is_given_up() else impatient)
+        for waiter in refused:
+            self._leave(waiter)
+        if refused:
+            self._run(self._answer_without_vpic(refused, refusal))
+        if any(scheduler.batches) and self._timer is None:
+            wait = refusal.retry_after or 1
+            self._timer = asyncio.get_running_loop().call_later(wait, self._try_again)
+
+    def _try_again(self) -> None:
+        self._timer = None
+        self._wake()
+
+    def _run(self, work: Coroutine[Any, Any, None], tickets: Sequence[Ticket] = ()) -> None:
+        """Do it in a task of its own: no waiter that leaves can cancel it."""
         task = asyncio.create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = [*tickets]
         task.add_done_callback(self._ran)
 
     def _ran(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (bug := task.exception()):
             log.error("lookup failed", exc_info=bug)
 
-    def _wake(self) -> None:
-        """Deal the free places, once those who come or go in this turn of the loop have done so."""
-        if self._dealing is None:
-            self._dealing = asyncio.get_running_loop().call_soon(self._deal)
-
-    def _deal(self) -> None:
-        self._dealing = None
-        if refusal := self._refusal():
-            if tickets := self._counter.everybody():
-                self._run(self._refuse(tickets, refusal))
-            return
-        # To find out whether vPIC is there again, one has to wait for it, not fifty.
-        most = VPIC_VINS if cast(Vpic, self._vpic).breaker.closed else 1
-        for tickets, background in self._counter.deal(most):
-            self._run(self._fly(tickets, background))
-
-    def _refusal(self) -> VpicUnavailable | None:
-        if self._vpic is None:
-            return VpicUnavailable(503, "vPIC is switched off, and the offline data does not serve.")
-        return self._vpic.breaker.refusal()
-
-    async def _refuse(self, tickets: list[Ticket], refusal: VpicUnavailable) -> None:
-        rest, records = await self._look_again(tickets)
-        await self._fall_back(rest, refusal, records)
-
-    async def _fly(self, tickets: list[Ticket], background: bool) -> None:
-        """Ask vPIC; its place is free again before anything is stored."""
-        failure = VpicUnavailable(502, "vPIC's answer does not describe this VIN; ask again later.")
-        decoded: dict[Question, Decoded] = {}
-        rest, records = tickets, dict[Question, Record]()
+    async def _call_vpic(self, call: Call) -> None:
+        """Ask vPIC, and end the tickets of the call, whatever happens."""
         try:
-            rest, records = await self._look_again(tickets)
-            if rest:
-                # Of lookups that share a call none waits longer than one that is alone.
-                alone = len(rest) == 1 or not background
-                patience = self._settings.vpic_timeout if alone else self._settings.vpic_batch_timeout
-                deadline = asyncio.get_running_loop().time() + patience
-                decoded = await cast(Vpic, self._vpic).decode([ticket.question for ticket in rest], deadline)
+            await self._ask_and_store(call)
+        finally:
+            for ticket in call.tickets:
+                if ticket.state is TicketState.CALLED:
+                    self._end(ticket, ticket.found or BROKEN)
+
+    async def _ask_and_store(self, call: Call) -> None:
+        failure = VpicUnavailable(502, "vPIC's answer does not describe this VIN; ask again later.", answered=True)
+        decoded: dict[Question, Decoded] = {}
+        records: dict[Question, Record] = {}
+        tickets = call.tickets
+        try:
+            # Lookups that share a call wait no longer than one that is alone. The call ends before they give up.
+            is_short = len(tickets) == 1 or not call.background
+            seconds = self._settings.vpic_timeout - 2 * self._reserve if is_short else self._settings.vpic_batch_timeout
+            deadline = asyncio.get_running_loop().time() + seconds
+            tickets, records = await self._skip_cached(tickets, deadline)
+            if tickets:
+                questions = [ticket.question for ticket in tickets]
+                decoded = await self._vpic.decode(questions, deadline, patient=call.background)
         except VpicUnavailable as error:
             failure = error
-        finally:
-            self._counter.free(background)
+        finally:  # before anything is stored: the place is for vPIC
+            self._scheduler.free(call)
             self._wake()
-        await self._land([ticket for ticket in rest if ticket.question in decoded], decoded, "vpic")
-        unknown = []
-        for ticket in rest:
-            if not ticket.wanted and ticket.question not in decoded:
-                self._forget(ticket)
-            elif ticket.question not in decoded and failure.maybe_vin and len(rest) > 1:
-                self._go_alone(ticket, background)
-            elif ticket.question not in decoded:
-                unknown.append(ticket)
-        await self._fall_back(unknown, failure, records)
+        await self._store_and_answer([ticket for ticket in tickets if ticket.question in decoded], decoded)
+        unanswered = [ticket for ticket in tickets if ticket.question not in decoded]
+        waiters = self._give_back(unanswered, failure, shared=len(tickets) > 1)
+        if waiters:
+            await self._answer_without_vpic(waiters, failure, records)
 
-    def _go_alone(self, ticket: Ticket, background: bool) -> None:
-        """One VIN may have failed a whole call: each of them goes on by itself."""
-        ticket.alone, ticket.boarded, ticket.asked = True, False, False
-        (self._counter.refreshes if background else self._counter.lookups)[ticket.question] = ticket
-        self._wake()
-
-    async def _look_again(self, tickets: list[Ticket]) -> tuple[list[Ticket], dict[Question, Record]]:
-        """Tell those whose answer was stored since they looked; the others, and the rows that there are."""
-        records, removals = await self._cache.records([ticket.question for ticket in tickets])
+    async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> tuple[list[Ticket], dict[Question, Record]]:
+        """Answer those whose row was stored since they looked. The others, and the expired rows that they have."""
+        records, removals = dict[Question, Record](), dict[Question, int | None]()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                records, removals = await self._cache.records([ticket.question for ticket in tickets])
         now, rest = time.time(), []
         for ticket in tickets:
-            ticket.removal, ticket.asked = removals.get(ticket.question), True
+            ticket.removal = removals.get(ticket.question)
+            ticket.removal_read.set()
             record = records.get(ticket.question)
-            if record and record.expires_at > now and (record.attributes or not ticket.details):
-                self._tell(ticket, Found(record, "hit"))
-                self._end(ticket)
+            if record and record.answers(now, ticket.details):
+                self._end(ticket, Found(record, "hit"))
             else:
                 rest.append(ticket)
         return rest, records
 
-    # -- Landing -------------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _tell(ticket: Ticket, landing: Landing) -> None:
-        ticket.landing = landing
-        ticket.told.set()
-
-    def _end(self, ticket: Ticket) -> None:
-        ticket.done.set()
-        self._forget(ticket)
-
-    async def _land(
-        self, tickets: list[Ticket], decoded: dict[Question, Decoded], source: Literal["vpic", "offline"]
-    ) -> None:
-        """Make records of what was decoded, store them, and let those who wait go."""
+    async def _store_and_answer(self, tickets: list[Ticket], decoded: dict[Question, Decoded]) -> None:
+        """Store what vPIC said, then give it to those who wait."""
         records = []
         for ticket in tickets:
-            record = self._record(ticket.question, decoded[ticket.question], source)
-            self._tell(ticket, Found(record, source))
-            kept = record if self._settings.attributes else record._replace(attributes=None)
-            records.append((kept, ticket.removal))
+            record = self._make_record(ticket.question, decoded[ticket.question], "vpic")
+            ticket.found = Found(record, "vpic")
+            records.append((record, ticket.removal))
+        await self._store(records)
+        for ticket in tickets:
+            self._end(ticket, ticket.found)
+
+    def _give_back(self, tickets: list[Ticket], failure: VpicUnavailable, shared: bool) -> list[Waiter]:
+        """After a failed call, let those tickets wait again for which another call may help. Returns who is to be
+        answered without vPIC."""
+        refused: list[Waiter] = []
+        for ticket in reversed(tickets):  # the first one is put back last, so it is the first again
+            if failure.maybe_vin and shared and ticket.waiters:  # another VIN may be why
+                ticket.alone = True
+                self._scheduler.put_back(ticket, first=True)
+                continue
+            left_alone = not self._vpic.breaker.closed
+            if left_alone:  # vPIC fails, whatever it is asked
+                patient = not self._vpic.is_given_up()
+            else:
+                ticket.failures += 1
+                patient = ticket.failures == 1 and not failure.answered
+            for waiter in [*ticket.waiters]:
+                if not patient or waiter.queue not in self._scheduler.batches:
+                    self._leave(waiter)
+                    refused.append(waiter)
+            if ticket.waiters:
+                self._scheduler.put_back(ticket, first=left_alone)
+            else:
+                self._end(ticket)
+        self._wake()
+        return refused
+
+    async def _store(self, records: list[tuple[Record, int | None]]) -> None:
+        if not self._settings.attributes:
+            records = [(record._replace(attributes=None), removal) for record, removal in records]
         if records:
             await self._cache.store(records)
-        for ticket in tickets:
-            self._end(ticket)
 
-    def _record(self, question: Question, words: Decoded, source: Literal["vpic", "offline"]) -> Record:
+    def _make_record(self, question: Question, words: Decoded, source: Literal["vpic", "offline"]) -> Record:
         now = time.time()
         if source == "offline":
             life = self._settings.offline_ttl
@@ -2603,82 +2938,126 @@ class Lookups:
             expires_at=math.ceil(now + life),
         )
 
-    async def _fall_back(
-        self, tickets: list[Ticket], failure: VpicUnavailable, records: dict[Question, Record] | None = None
+    # -- Answers without vPIC ------------------------------------------------------------------------------------------
+
+    async def _answer_without_vpic(
+        self, waiters: list[Waiter], failure: VpicUnavailable | None, records: dict[Question, Record] | None = None
     ) -> None:
-        """Answer without vPIC: with the expired row, else offline, else with the failure."""
-        if records is None:
-            records, removals = await self._cache.records([ticket.question for ticket in tickets])
-            for ticket in tickets:
-                ticket.removal = removals.get(ticket.question)
-        stale, rest = [], []
-        for ticket in tickets:
-            record = records.get(ticket.question)
+        """Answer with the row, also an expired one, else offline, else with the failure. Without one, the waiters are
+        overdue: their tickets tell the failure."""
+        try:
+            questions = [*dict.fromkeys(waiter.ticket.question for waiter in waiters)]
+            removals = {waiter.ticket.question: waiter.ticket.removal for waiter in waiters}
+            if records is None:
+                records, removals = {}, {}
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(STAND_IN_S * 0.4):
+                        records, removals = await self._cache.records(questions)
+            detailed = {waiter.ticket.question for waiter in waiters if waiter.ticket.details}
+            found = self._find_rows(questions, records, detailed)
+            found |= await self._decode_offline([question for question in questions if question not in found])
+            with suppress(TimeoutError):  # the statement goes on
+                async with asyncio.timeout(STAND_IN_S * 0.4):
+                    await self._store_stand_ins(found, removals)
+            for waiter in waiters:
+                waiter.resolve(found.get(waiter.ticket.question) or failure or overdue(waiter.ticket))
+        finally:
+            for waiter in waiters:
+                waiter.resolve(failure or BROKEN)
+
+    def _find_rows(
+        self, questions: list[Question], records: dict[Question, Record], detailed: Collection[Question]
+    ) -> dict[Question, Found]:
+        now, found = time.time(), {}
+        for question in questions:
+            record = records.get(question)
+            if record and record.answers(now, question in detailed):
+                found[question] = Found(record, "hit")
             # Where there is no vPIC to wait for, an expired offline row is decoded anew: the package may be newer.
-            if record and (self._vpic is not None or record.source == "vpic"):
-                self._tell(ticket, Found(record, "stale"))
-                stale.append(ticket)
-            else:
-                rest.append(ticket)
-        decoded: dict[Question, Decoded] = {}
-        if rest and self._settings.offline:
-            decoded = await asyncio.to_thread(decode_offline, [ticket.question for ticket in rest])
-        # A stand-in never says no: where there is a vPIC, only its own word is a verdict.
-        known = [t for t in rest if t.question in decoded and (decoded[t.question].decodable or self._vpic is None)]
-        for ticket in rest:
-            if ticket not in known:
-                self._tell(ticket, failure)
-                self._end(ticket)
-        await self._land(known, decoded, "offline")
+            elif record and (record.source == "vpic" or not self._vpic.is_off):
+                found[question] = Found(record, "stale")
+        return found
+
+    async def _decode_offline(self, questions: list[Question]) -> dict[Question, Found]:
+        """What the offline data says. It never says "undecodable" while vPIC is configured: vPIC may know the VIN."""
+        if not questions or not self._settings.offline:
+            return {}
+        decoded = await asyncio.to_thread(decode_offline, questions)
+        return {
+            question: Found(self._make_record(question, words, "offline"), "offline")
+            for question, words in decoded.items()
+            if words.decodable or self._vpic.is_off
+        }
+
+    async def _store_stand_ins(self, found: dict[Question, Found], removals: dict[Question, int | None]) -> None:
+        """Store what was decoded offline. Expired rows count as fresh for `stale_ttl`: so long vPIC is not asked."""
+        await self._store([(o.record, removals.get(q)) for q, o in found.items() if o.outcome == "offline"])
+        stale = [question for question, outcome in found.items() if outcome.outcome == "stale"]
         if stale:
-            until = math.ceil(time.time() + self._settings.stale_ttl)
-            await self._cache.extend([ticket.question for ticket in stale], until)
-            for ticket in stale:
-                self._end(ticket)
+            await self._cache.extend(stale, math.ceil(time.time() + self._settings.stale_ttl))
 
     # -- Batches -------------------------------------------------------------------------------------------------------
 
     async def batch(self, windows: AsyncIterator[list[Row]], details: bool) -> AsyncIterator[list[str]]:
-        """The lines for the rows, in their order, some at a time, as soon as each can be told."""
-        line: Line = {}  # where this batch's questions wait for a place
-        ahead: deque[str | Ticket] = deque()
-        self._counter.batches.append(line)
+        """The lines for the rows, in their order, some at a time, each as soon as it and those before it are known.
+
+        While vPIC is left alone, a line waits, until a call has failed VPIC_BATCH_TIMEOUT after the first failure."""
+        batch = Batch(details)
+        self._scheduler.batches.append(batch.queue)
         try:
             async for rows in windows:
-                told, waiting = await self._look_up(rows, details, line)
-                if not ahead and not waiting:
-                    yield told
+                lines = await self._look_up(rows, batch)
+                if not batch.waiters:  # so there are no lines before these
+                    yield cast(list[str], lines)
                     continue
-                ahead += [waiting.get(index, text) for index, text in enumerate(told)]
-                while ahead and (is_known(ahead[0]) or len(ahead) > AHEAD):
-                    yield await self._next_lines(ahead, details)
-            while ahead:
-                yield await self._next_lines(ahead, details)
+                batch.lines += lines
+                while batch.can_go_on or len(batch.lines) > AHEAD:
+                    yield await self._next_lines(batch)
+            while batch.lines:
+                yield await self._next_lines(batch)
         finally:
-            self._counter.batches.remove(line)
-            for ticket in ahead:
-                if isinstance(ticket, Ticket):
-                    self._leave(ticket)
+            self._scheduler.batches.remove(batch.queue)
+            for waiter in batch.waiters:
+                self._leave(waiter)
+            if vpic_failed := {name: times for name, times in batch.outcomes.items() if name in WITHOUT_VPIC}:
+                counted = ", ".join(f"{times:,} {name}" for name, times in sorted(vpic_failed.items()))
+                log.warning("batch answered in part without vPIC: %s", counted)
 
-    async def _next_lines(self, ahead: "deque[str | Ticket]", details: bool) -> list[str]:
-        """Up to a window of lines from the left; waits for the first of them if need be."""
-        if isinstance(ahead[0], Ticket):
-            await ahead[0].done.wait()
+    async def _next_lines(self, batch: Batch) -> list[str]:
+        """Up to a window of lines. Waits for the first of them if need be."""
         lines: list[str] = []
-        while ahead and len(lines) < WINDOW and is_known(ahead[0]):
-            ticket = ahead.popleft()
-            if isinstance(ticket, Ticket):
-                self._leave(ticket)
-                landing = cast(Landing, ticket.landing)
-                count(landing)
-                ticket = tell(ticket.question, landing, details)
-            lines.append(ticket)
+        if isinstance(batch.lines[0], Waiter):
+            await self._wait_for_line(batch.lines[0])
+        while batch.can_go_on and len(lines) < WINDOW:
+            line = batch.lines.popleft()
+            if isinstance(line, Waiter):
+                self._leave(line)
+                batch.waiters.discard(line)
+                outcome = line.outcome.result()
+                batch.outcomes[outcome_name(outcome)] += 1
+                lookups_counter.add(1, {"outcome": outcome_name(outcome)})
+                line = line_of(line.ticket.question, outcome, batch.details)
+            lines.append(line)
         return lines
 
-    async def _look_up(self, rows: Sequence[Row], details: bool, line: Line) -> tuple[list[str], dict[int, Ticket]]:
-        """For each row its line, if it can be told; and the tickets of the others, by their place."""
+    async def _wait_for_line(self, waiter: Waiter) -> None:
+        """Wait for a line as long as somebody works on it: a bug may cost a minute, but no batch hangs for ever."""
+        while not waiter.outcome.done():
+            await asyncio.wait([waiter.outcome], timeout=LOST_S)
+            if not waiter.outcome.done() and self._is_lost(waiter):
+                log.error("a line of a batch waits for a ticket that is lost: %s", waiter.ticket.question)
+                waiter.resolve(BROKEN)
+
+    def _is_lost(self, waiter: Waiter) -> bool:
+        ticket = waiter.ticket
+        if ticket.state is TicketState.WAITING:
+            return ticket not in waiter.queue or not (self._tasks or self._timer)
+        return not any(ticket in tickets for tickets in self._tasks.values())
+
+    async def _look_up(self, rows: Sequence[Row], batch: Batch) -> list[str | Waiter]:
+        """For each row its line if it is known, else who waits for it."""
         asked: list[Question] = []
-        refused: dict[int, str] = {}
+        lines: list[str | Waiter] = [""] * len(rows)
         for index, (vin, model_year, _) in enumerate(rows):
             if not model_year and is_normal(vin):  # most are, and need no more
                 asked.append(vin)
@@ -2687,44 +3066,48 @@ class Lookups:
                 asked.append(ask(normalize_vin(vin), normalize_model_year(model_year)))
             except PydanticCustomError as error:
                 asked.append("")
-                refused[index] = refusal(422, vin, error.message(), details)
-        cached = await self._cache.lines(asked, details)
-        told, outcomes, waiting = list[str](), list[str](), dict[int, Ticket]()
+                lines[index] = error_line(422, vin, error.message(), batch.details)
+        cached = await self._cache.lines(asked, batch.details)
+        outcomes: Counter[str] = Counter()
         for index, question in enumerate(asked):
-            text, outcome = cached.get(question) or (refused.get(index, ""), "")
-            told.append(text)
-            if outcome:
-                outcomes.append(outcome)
-            if outcome == "stale":
-                self._refresh(question)
-            elif not text:
-                waiting[index] = await self._join(question, details, line)
-        for outcome in ("hit", "stale"):
-            if times := outcomes.count(outcome):
-                lookups_counter.add(times, {"outcome": outcome})
-        return told, waiting
+            if found := cached.get(question):
+                lines[index], outcome = found
+                outcomes[outcome] += 1
+                if outcome == "stale":
+                    self._refresh(question)
+            elif question:
+                waiter = lines[index] = await self._join(question, batch.details, batch.queue)
+                batch.waiters.add(waiter)
+        for outcome, times in outcomes.items():
+            lookups_counter.add(times, {"outcome": outcome})
+        return lines
 
 
-def is_known(ticket: str | Ticket) -> bool:
-    return isinstance(ticket, str) or ticket.done.is_set()
+WITHOUT_VPIC = ("failed", "offline", "stale")
 
 
-def count(landing: Landing) -> None:
-    if isinstance(landing, VpicUnavailable):
-        outcome = "failed"
-    else:
-        outcome = landing.outcome if landing.record.decoded or landing.outcome != "vpic" else "undecodable"
-    lookups_counter.add(1, {"outcome": outcome})
+def overdue(ticket: Ticket) -> VpicUnavailable:
+    """The failure of a lookup that can't wait any longer."""
+    if ticket.state is TicketState.WAITING:
+        return VpicUnavailable(503, CROWDED, retry_after=1)
+    return VpicUnavailable(504, OVERDUE)
 
 
-def refusal(status: int, vin: str, detail: str, details: bool) -> str:
+def outcome_name(outcome: Outcome) -> str:
+    """What the metric counts it as."""
+    if isinstance(outcome, VpicUnavailable):
+        return "failed"
+    return outcome.outcome if outcome.record.decoded or outcome.outcome != "vpic" else "undecodable"
+
+
+def error_line(status: int, vin: str, detail: str, details: bool) -> str:
     return batch_line(status, {"vin": vin, "detail": detail}, details)
 
 
-def tell(question: Question, landing: Landing, details: bool) -> str:
-    if isinstance(landing, VpicUnavailable):
-        return refusal(landing.status_code, vin_of(question), landing.detail, details)
-    return landing.record.line(landing.outcome, details)
+def line_of(question: Question, outcome: Outcome, details: bool) -> str:
+    if isinstance(outcome, VpicUnavailable):
+        return error_line(outcome.status_code, vin_of(question), outcome.detail, details)
+    return outcome.record.line(outcome.outcome, details)
 
 
 # ======================================================================================================================
@@ -3341,7 +3724,7 @@ class State(TypedDict):
 
     settings: Settings
     cache: Cache
-    vpic: Vpic | None
+    vpic: Vpic
     lookups: Lookups
     exporter: Exporter
     doors: Doors
@@ -3876,13 +4259,12 @@ async def healthz() -> Health:
 )
 async def readyz(request: Request, response: Response) -> Readiness:
     """Whether the cache can be read and written. vPIC's state is told, but lookups go on without it."""
-    cache, vpic = await request.state.cache.check(), request.state.vpic
+    cache = await request.state.cache.check()
     if cache != "ok":
         response.status_code = 503
         response.headers["Retry-After"] = "1"  # what was found holds for a second
-    return Readiness(
-        status="ok" if cache == "ok" else "unavailable", cache=cache, vpic=vpic.breaker.state if vpic else "offline"
-    )
+    status: Literal["ok", "unavailable"] = "ok" if cache == "ok" else "unavailable"
+    return Readiness(status=status, cache=cache, vpic=request.state.vpic.state)
 
 
 @app.get("/metrics", include_in_schema=False)

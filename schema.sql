@@ -4,6 +4,7 @@
 
 PRAGMA journal_mode = WAL;      -- readers never wait for the writer, nor it for them
 PRAGMA synchronous  = NORMAL;   -- with WAL, a killed process loses nothing; a power cut may lose the last rows, never the file
+PRAGMA journal_size_limit = 8388608;  -- bytes: a -wal that a reader held up and let grow is cut to this when it begins anew
 
 BEGIN IMMEDIATE;                -- several workers may start at once: each waits for its turn
 

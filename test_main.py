@@ -44,7 +44,9 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import cache
 from http.client import HTTPConnection, HTTPSConnection
-from itertools import count, islice
+from importlib.metadata import requires
+from itertools import count as counting
+from itertools import islice
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -63,6 +65,7 @@ import yarl
 from aiohttp import web
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from limits import RateLimitItemPerSecond
 
 import main
 
@@ -1087,6 +1090,31 @@ async def test_log_is_one_line_an_event(launch: Launch, vpic: PlayedVpic, form: 
     assert not any(line.startswith("FAKE") for line in lines)
 
 
+async def test_with_workers_readmes_file_gives_all_lines_the_form_of_one_process(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvicorn's parent process, its workers and our own lines have the same keys, in the same order, and UTC times."""
+    [recipe] = re.findall(r"```\n(\{\"version\": 1.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "log.json").write_text(recipe)
+    monkeypatch.setenv("TZ", "JST-9")
+    forms = []
+    for options in ([], ["--workers", "2", "--log-config", "log.json"]):
+        process = await launch(*options, log="json", vpic_url="").started(2 if options else 1)
+        await ask(f"{process.url}/lookup/{TRUCK}")
+        process.signal(signal.SIGTERM)
+        await process.ended()
+        lines = process.log.read_text()
+        assert "\\u001b" not in lines
+        events = [json.loads(line) for line in lines.splitlines()]
+        assert {event["logger"] for event in events} == {"vincache", "uvicorn.error", "uvicorn.access"}
+        assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", event["time"]) for event in events)
+        now = datetime.now(UTC)
+        assert all(now - datetime.fromisoformat(event["time"]) < timedelta(minutes=10) for event in events)
+        forms.append({tuple(event) for event in events})
+    assert forms == [{("time", "level", "logger", "message")}] * 2
+    assert "parent process" in lines
+
+
 async def test_log_has_a_line_per_failed_call_and_per_turn_of_the_breaker(
     start: Start, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1209,7 +1237,6 @@ asyncio.run(go())
 
 def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
     """Lookups by outcome, the duration of calls by outcome and the breaker's state reach OpenTelemetry's reader."""
-    pytest.importorskip("opentelemetry.sdk")
     # A process of its own: the provider of a process can be set only once.
     command = [sys.executable, "-c", METERED, str(tmp_path)]
     ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
@@ -1242,7 +1269,6 @@ def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
 
 async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """FASTAPI_OTEL_AUTO_CONFIGURE and an endpoint are all it takes; lookups, spans and HTTP metrics arrive."""
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     received: dict[str, bytes] = {}
@@ -1277,8 +1303,8 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
 
 async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
     """Ours and FastAPI's, in Prometheus' form, behind the key; unless told, there is no such thing."""
-    pytest.importorskip("opentelemetry.exporter.prometheus")
     process, without = launch(metrics=True, api_key="crown"), launch()
+    vpic.delay = 0.3
     async with process.serving(vpic) as service:
         for _ in range(2):
             await service.lookup(TRUCK)
@@ -1294,8 +1320,36 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
         r'http_server_request_duration_seconds_count\{.*http_route="/lookup".*\} ',
     ):
         assert re.search(pattern, told), pattern
+    assert 0.25 < quantile(told, "vincache_vpic_duration_seconds", 0.99) < 3
+    assert 0 < quantile(told, "vincache_store_duration_seconds", 0.5) < 0.5
     async with without.serving(vpic) as service:
         assert (await service.get("/metrics"))[0] == 404
+
+
+def test_the_image_has_what_every_setting_needs() -> None:
+    """The image installs what stands above a line of requirements.txt: there is what telemetry and other settings need,
+    which a start without them does not import."""
+    [line] = re.findall(r"sed '/\^(.+)/,\$d' requirements.txt", (HERE / "Dockerfile").read_text())
+    service, _, tests = (HERE / "requirements.txt").read_text().partition(f"\n{line}")
+    installed = set(re.findall(r"^([\w-]+)", service, re.MULTILINE))
+    telemetry = [need for need in requires("fastapi") or [] if need.endswith('extra == "opentelemetry"')]
+    needed = {re.split(r"[^\w-]", need)[0] for need in telemetry}
+    assert len(needed) >= 2
+    needed |= {"opentelemetry-exporter-prometheus", "python-json-logger", "redis", "ultravin"}
+    assert needed - installed == set()
+    assert "pytest" in tests
+
+
+def quantile(told: str, name: str, part: float) -> float:
+    """What Prometheus' histogram_quantile makes of a histogram: within a bucket, it takes all to be spread evenly."""
+    counts: dict[float, float] = {}
+    for bound, count in re.findall(rf'{name}_bucket\{{.*le="([^"]+)".*\}} (\S+)', told):
+        counts[float(bound)] = counts.get(float(bound), 0) + float(count)
+    rank = part * counts[float("inf")]
+    bounds = sorted(counts)
+    place = next(place for place, bound in enumerate(bounds) if counts[bound] >= rank)
+    below, before = (bounds[place - 1], counts[bounds[place - 1]]) if place else (0, 0)
+    return below + (bounds[place] - below) * (rank - before) / (counts[bounds[place]] - before)
 
 
 # ======================================================================================================================
@@ -1661,7 +1715,7 @@ async def test_a_file_of_schema_1_is_migrated(
 async def test_a_migration_that_is_killed_leaves_schema_1(tmp_path: Path) -> None:
     """Wherever it is killed, the file has all its rows, in the old form or in the new."""
     seen = set()
-    command = [sys.executable, "-c", "import sys, main; main.prepare(main.Path(sys.argv[1]), 5)"]
+    command = [sys.executable, "-c", "import sys, main; main.prepare(main.Path(sys.argv[1]))"]
     for turn in range(12):
         database = of_schema_1(tmp_path / f"{turn}.db")
         process = await asyncio.create_subprocess_exec(*command, str(database), cwd=HERE)
@@ -1858,9 +1912,26 @@ async def test_a_control_character_does_not_spoil_the_export(start: Start, vpic:
         assert [*(await read_export(service))["model"]] == ["3\x1f8\x1f8"]
 
 
+async def test_the_wal_gives_back_what_it_grew_by(tmp_path: Path) -> None:
+    """It grows while somebody reads an old state, and shrinks with the writes that follow, without a restart."""
+    wal = tmp_path / "cache.db-wal"
+    async with main.FileStore(tmp_path / "cache.db", 5) as store:
+        with closing(sqlite3.connect(tmp_path / "cache.db", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM vehicles").fetchall()
+            for vin in trucks(16):
+                rows = json.dumps([(*record(vin, attributes=json.dumps({"Note": "x" * 10**6})), None)])
+                await store.write(main.STORE, (rows,))
+            assert wal.stat().st_size > 15 * 10**6
+        for _ in range(3):
+            await store.write(main.PROBE, ())
+        assert wal.stat().st_size <= 8 * 2**20
+
+
 # Root may do everything; without these two rights it may do what the file's mode says, as anybody.
 AS_ANYBODY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 BY_US = f"cannot be opened and written by uid {os.geteuid()}: "
+OURS = f"belongs to {os.geteuid()}:{os.getegid()}"
 NEEDS_SETPRIV = pytest.mark.skipif(bool(AS_ANYBODY and not shutil.which("setpriv")), reason="no setpriv for root")
 
 
@@ -1873,8 +1944,10 @@ NEEDS_SETPRIV = pytest.mark.skipif(bool(AS_ANYBODY and not shutil.which("setpriv
         pytest.param(lambda folder: folder / "none" / "cache.db", "cannot be opened", id="no such folder"),
         pytest.param(lambda folder: folder, "cannot be opened", id="a folder"),
         pytest.param(lambda _: Path("/proc/cache.db"), "cannot be opened", id="no file can be there"),
-        pytest.param(without_right_to_folder, BY_US, id="no right to folder", marks=NEEDS_SETPRIV),
-        pytest.param(without_right_to_file, BY_US, id="no right to file", marks=NEEDS_SETPRIV),
+        pytest.param(
+            without_right_to_folder, f"its folder {OURS}, mode 0555", id="no right to folder", marks=NEEDS_SETPRIV
+        ),
+        pytest.param(without_right_to_file, f"the file {OURS}, mode 0444", id="no right to file", marks=NEEDS_SETPRIV),
     ],
 )
 async def test_a_file_that_cannot_be_the_cache_stops_the_start_untouched(
@@ -1891,7 +1964,42 @@ async def test_a_file_that_cannot_be_the_cache_stops_the_start_untouched(
     [sentence] = [line for line in process.log.read_text().splitlines()[-2:] if "exiting" not in line.lower()]
     assert f" {database} " in sentence
     assert reason in sentence
+    assert (BY_US in sentence) == ("cannot be opened" in sentence)
     assert (database.read_bytes() if database.is_file() else b"") == before
+
+
+@pytest.mark.parametrize(("folder_mode", "mode"), [(0o775, 0o664), (0o755, 0o644)], ids=["shared", "not shared"])
+async def test_a_new_file_is_its_groups_where_the_folder_is(tmp_path: Path, folder_mode: int, mode: int) -> None:
+    """Whatever the umask says; the -wal and the -shm are, too, and a fresh file in place of a damaged one."""
+    tmp_path.chmod(folder_mode)
+    database = tmp_path / "cache.db"
+    async with main.FileStore(database, 1) as store:
+        for cause in ("", "played"):
+            if cause:
+                await store.doubt(cause)
+            await store.write(main.PROBE, ())
+            assert [Path(f"{database}{part}").stat().st_mode & 0o777 for part in main.PARTS] == [mode] * 3
+
+
+def as_user(uid: int) -> list[str]:
+    """Run as this user of group 0, who may read and search everything, as test environments are in root's folders."""
+    kept = "=-all,+dac_read_search"
+    return ["setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups", f"--inh-caps{kept}", f"--ambient-caps{kept}"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root may be others, by setpriv")
+async def test_another_user_of_the_group_goes_on_with_the_file(launch: Launch, tmp_path: Path) -> None:
+    """As on platforms that give each container a user of their own choice, in group 0; also after a kill."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    os.chown(folder, 10001, 0)
+    folder.chmod(0o775)
+    for uid, cached in ((10001, False), (1_000_620_000, True), (10001, True)):
+        process = await launch(through=as_user(uid), database=folder / "cache.db", vpic_url="").started()
+        assert (await ask(f"{process.url}/lookup/{TRUCK}"))[1]["cached_result"] is cached
+        assert (await ask(f"{process.url}/readyz"))[0] == 200
+        process.signal(signal.SIGKILL)
+        await process.ended()
 
 
 # ======================================================================================================================
@@ -2098,8 +2206,8 @@ async def test_what_was_removed_is_not_put_back(database: Database) -> None:
         cache = main.Cache(store, 0)
         await cache.store([(record(), None), (record(year="1994"), None)])
         assert [await cache.remove(vin) for vin in (TRUCK, TRUCK, OTHER_TRUCK)] == [True, False, False]
-        await store.write(main.REMOVAL, (TRUCK, first := 2**61 + 1))
-        await store.write(main.REMOVAL, (TRUCK, 2**60))
+        await store.write((main.REMOVAL, (TRUCK, first := 2**61 + 1)))
+        await store.write((main.REMOVAL, (TRUCK, 2**60)))
         assert await cache.removal(TRUCK) == first + 1
         for known in (None, first, first + 2):
             await cache.store([(record(), known)])
@@ -2107,6 +2215,21 @@ async def test_what_was_removed_is_not_put_back(database: Database) -> None:
         await cache.store([(record(), first + 1)])
         await cache.store([(record(source="offline"), first + 1)])
         assert database.sql("SELECT vin, source FROM vehicles") == [(TRUCK, "vpic")]
+
+
+async def test_a_removal_is_one_transaction(tmp_path: Path) -> None:
+    """If the row cannot be deleted, the removal is not noted either: nobody reads the one without the other."""
+    path = tmp_path / "cache.db"
+    async with main.FileStore(path, 2) as store:
+        cache = main.Cache(store, 0)
+        await cache.store([(record(), None)])
+        sql(path, "CREATE TRIGGER keep BEFORE DELETE ON vehicles BEGIN SELECT RAISE(ABORT, 'kept'); END")
+        with pytest.raises(main.CacheUnavailable):
+            await cache.remove(TRUCK)
+        sql(path, "DROP TRIGGER keep")
+        assert (await cache.removal(TRUCK), len(sql(path, "SELECT vin FROM vehicles"))) == (None, 1)
+        assert await cache.remove(TRUCK) is True
+        assert (await cache.removal(TRUCK) is None, sql(path, "SELECT vin FROM vehicles")) == (False, [])
 
 
 @BOTH
@@ -2153,12 +2276,54 @@ async def test_the_whole_journey_is_the_same_on_both(
     assert [*(tmp_path / "temporary").iterdir()] == []
 
 
+class WrongClock:
+    """The module `time` of a machine whose clock is wrong by so many days."""
+
+    def __init__(self, days: float) -> None:
+        self._days = days
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def time(self) -> float:
+        return time.time() + self._days * 86400
+
+    def time_ns(self) -> int:
+        return int(self.time() * 10**9)
+
+
+@BOTH
+async def test_a_wrong_clock_deletes_nothing(
+    start: Start, database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither rows nor removals, of which others may need to know; it is told once, and again when it is right."""
+
+    async def swept() -> None:
+        database.sql(f"UPDATE vehicles SET expires_at = unixepoch() - 20 WHERE vin = '{OTHER_TRUCK}'")
+        await until(lambda: database.sql(f"SELECT 1 FROM vehicles WHERE vin = '{OTHER_TRUCK}'") == [])
+
+    async with start(database=database.setting, keep_expired=10) as service:
+        await service.batch([TRUCK, OTHER_TRUCK, FIRE_ENGINE])
+        monkeypatch.setattr(main, "time", WrongClock(100))
+        await swept()
+        assert len(database.sql("SELECT vin FROM vehicles")) == 2
+        monkeypatch.setattr(main, "time", WrongClock(-100))
+        assert (await service.delete(f"/remove/{TRUCK}"))[0] == 200
+        monkeypatch.setattr(main, "time", time)
+        await service.lookup(OTHER_TRUCK)
+        await swept()
+        assert database.sql("SELECT vin FROM vehicles") == [(FIRE_ENGINE,)]
+        assert database.sql("SELECT vin FROM removals") == [(TRUCK,)]
+    assert len(logged(caplog, r"clock differs from the cache's by \+86\d{5} s")) == 1
+    assert len(logged(caplog, "clock agrees with the cache's again", logging.INFO)) == 1
+
+
 @BOTH
 async def test_a_writer_that_leaves_breaks_nothing_off(database: Database) -> None:
     """What it had begun is carried out, also if the store is closed at once."""
     async with opened_store(database.setting) as store:
         for vin in trucks(20):
-            writing = asyncio.create_task(store.write(main.REMOVAL, (vin, 1)))
+            writing = asyncio.create_task(store.write((main.REMOVAL, (vin, 1))))
             await asyncio.sleep(0)
             writing.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -2171,7 +2336,7 @@ async def test_a_fault_of_sqlites_own_is_told_at_once(database: Database) -> Non
     """It is final, and says what is wrong; the store is as it was."""
     async with opened_store(database.setting) as store:
         for work, why in (
-            (store.write("INSERT INTO removals VALUES ('x', 'y')", ()), "cannot store TEXT value"),
+            (store.write(("INSERT INTO removals VALUES ('x', 'y')", ())), "cannot store TEXT value"),
             (store.read("SELECT naught", ()), "no such column: naught"),
         ):
             with pytest.raises(main.StoreFault, match=why):
@@ -2440,7 +2605,7 @@ async def test_what_a_node_gives_no_answer_to_is_sent_again(
         for there in (True, False):
             removed = await service.delete(f"/remove/{TRUCK}", headers={"X-API-Key": "k"})
             assert removed == (200, {"vin": TRUCK, "cache_delete_success": there})
-    assert {main.OWNER, main.ANSWERS, main.RECORDS, main.STORE, main.REMOVAL, main.REMOVE, ""} <= seen
+    assert {main.OWNER, main.ANSWERS, main.RECORDS, main.STORE, main.REMOVAL, ""} <= seen
     assert logged(caplog) == []
 
 
@@ -2449,7 +2614,7 @@ async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Star
     forgotten: list[str] = []
 
     async def after(request: web.Request, statement: str) -> web.StreamResponse | None:
-        if statement not in (main.STORE, main.REMOVAL, main.REMOVE) or statement in forgotten:
+        if statement not in (main.STORE, main.REMOVAL) or statement in forgotten:
             return None
         forgotten.append(statement)
         return await resets(request, [])
@@ -2458,7 +2623,7 @@ async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Star
         assert [caching(await service.send(LOOKUPS[0], TRUCK))[1] for _ in range(2)] == ["MISS", "HIT"]
         assert (await service.delete(f"/remove/{TRUCK}"))[0] == 503
         assert cluster.sql("SELECT vin FROM vehicles") == []
-        assert forgotten == [main.STORE, main.REMOVAL, main.REMOVE]
+        assert forgotten == [main.STORE, main.REMOVAL]
         assert await service.delete(f"/remove/{TRUCK}") == (200, {"vin": TRUCK, "cache_delete_success": False})
 
 
@@ -3130,6 +3295,118 @@ async def test_a_batch_that_leaves_cancels_nothing_for_a_lookup(service: Service
     assert vpic.calls == [[TRUCK, OTHER_TRUCK]]
 
 
+# -- Every lookup ends -------------------------------------------------------------------------------------------------
+
+
+async def test_a_batch_that_ends_takes_nothing_from_another(service: Service) -> None:
+    """A batch whose questions are all answered so far gets its turns, although another such batch has ended."""
+    go = asyncio.Event()
+
+    async def windows() -> AsyncIterator[list[main.Row]]:
+        yield [main.Row("bad")]
+        await go.wait()
+        yield [main.Row(vin) for vin in trucks(3)]
+
+    async def read() -> list[str]:
+        return [line async for some in service.state["lookups"].batch(windows(), False) for line in some]
+
+    async with asyncio.timeout(20):
+        longer = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        assert len(await service.batch(["bad"])) == 1
+        go.set()
+        assert len(await longer) == 4
+
+
+async def test_who_asks_after_a_removal_shares_one_new_call(start: Start, vpic: PlayedVpic) -> None:
+    """A VIN is removed while vPIC is asked for it, then many ask for it at once: one more call answers them all."""
+    async with start(offline=False, vpic_timeout=5) as service:
+        go = vpic.holds()
+        before = service.asking([TRUCK])
+        await until(lambda: vpic.calls)
+        await service.delete(f"/remove/{TRUCK}")
+        after = service.asking([TRUCK] * 20)
+        batches = [asyncio.create_task(service.batch([TRUCK])) for _ in range(5)]
+        await until(lambda: len(vpic.calls) == 2)
+        await asyncio.sleep(0.2)  # for the service to have them all
+        go.set()
+        async with asyncio.timeout(20):
+            assert {status for status, _, _ in await asyncio.gather(*before, *after)} == {200}
+            assert {line["status"] for [line] in await asyncio.gather(*batches)} == {200}
+        assert vpic.calls == [[TRUCK]] * 2
+
+
+async def test_a_bug_in_a_call_ends_what_waits_for_it(
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is raised while vPIC is asked, lookups and batches get a clear error, and the VIN is as good as new."""
+
+    def bug(*_: object) -> None:
+        raise RuntimeError("a bug, played")
+
+    async with start(vpic_timeout=5) as service, asyncio.timeout(20):
+        with monkeypatch.context() as patched:
+            patched.setattr(main, "parse", bug)
+            status, body = await service.lookup(TRUCK)
+            assert (status, body["detail"]) == (503, main.BROKEN.detail)
+            assert [line["status"] for line in await service.batch([TRUCK, OTHER_TRUCK])] == [503, 503]
+        assert len(logged(caplog, "lookup failed", logging.ERROR)) == 2
+        assert (await service.lookup(TRUCK))[0] == 200
+
+
+async def test_offline_data_that_fail_are_unknown(
+    start: Start, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ultravin raises, as it does while it is imported without descriptors, vPIC's failure is told."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("Too many open files")
+
+    monkeypatch.setattr(ultravin, "decode", fails)
+    vpic.fault = refuses(403)
+    async with start(vpic_timeout=5) as service, asyncio.timeout(20):
+        assert (await service.lookup(TRUCK))[0] == 503
+        assert [line["status"] for line in await service.batch([TRUCK, OTHER_TRUCK])] == [503, 503]
+        assert logged(caplog, "offline decoding failed: OSError")
+
+
+async def test_a_line_whose_ticket_is_lost_is_told_and_logged(
+    service: Service, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug that loses a ticket costs a minute and a line in the log: the batch does not hang."""
+    monkeypatch.setattr(main, "LOST_S", 0.2)
+    go = vpic.holds()
+    [first] = service.asking([OTHER_TRUCK])
+    await until(lambda: vpic.calls)
+    lookups = service.state["lookups"]
+    lookups._scheduler.free_places = 0  # so that the line waits
+    batch = asyncio.create_task(service.batch([TRUCK]))
+    await until(lambda: TRUCK in lookups._tickets)
+    async with asyncio.timeout(20):
+        lookups._scheduler.batches[0].discard(lookups._tickets[TRUCK])
+        assert [line["status"] for line in await batch] == [503]
+        assert len(logged(caplog, "lost", logging.ERROR)) == 1
+        go.set()
+        assert (await first)[0] == 200
+
+
+async def test_nothing_begins_after_the_end(launch: Launch, vpic: PlayedVpic) -> None:
+    """SIGTERM while refreshes wait for a place at vPIC: none of them is called any more, and there is no traceback."""
+    process = launch(vpic_concurrency=1)
+    async with process.serving(vpic) as service:
+        vins = trucks(200)
+        await service.batch(vins)
+        service.expire(days=1)
+        vpic.calls.clear()
+        vpic.delay = 0.5
+        assert all(await service.were_cached(vins))
+        await until(lambda: vpic.calls)
+    process.signal(signal.SIGTERM)
+    await process.ended()
+    assert len(vpic.calls) == 1
+    assert not re.search("Traceback|Error", process.log.read_text())
+
+
 # -- One deadline ------------------------------------------------------------------------------------------------------
 
 
@@ -3362,6 +3639,39 @@ async def test_refreshes_come_after_everybody_who_waits(start: Start, vpic: Play
         await asyncio.gather(*others, batch)
         await until(lambda: len(vpic.calls) == 4)
         assert vpic.calls == [[OTHER_TRUCK], trucks(1, 10), trucks(2), [TRUCK]]
+
+
+async def test_refreshes_take_turns_with_batches(start: Start, vpic: PlayedVpic) -> None:
+    """Behind a cold fleet a row in its grace is asked anew after one call of each batch, not after the last one."""
+    async with start(vpic_concurrency=1) as service:
+        await service.lookup(TRUCK)
+        service.expire(days=1)
+        vpic.calls.clear()
+        go = vpic.holds()
+        others = service.asking([OTHER_TRUCK])
+        await until(lambda: vpic.calls)
+        batches = [asyncio.create_task(service.batch(trucks(150, first))) for first in (0, 1000)]
+        await asyncio.sleep(0.2)
+        assert (await service.lookup(TRUCK))[1]["cached_result"] is True
+        await asyncio.sleep(0.2)
+        go.set()
+        await asyncio.gather(*others, *batches)
+        assert [len(call) for call in vpic.calls] == [1, 50, 50, 1, 50, 50, 50, 50]
+        assert vpic.calls[3] == [TRUCK]
+
+
+async def test_who_goes_alone_keeps_its_turn(start: Start, vpic: PlayedVpic) -> None:
+    """The VINs of a batch's failed call are asked before the rest of the batch, each by itself."""
+
+    async def chokes(request: web.Request, vins: list[str]) -> web.StreamResponse:
+        return await (says("<html>") if trucks(1, 3)[0] in vins and len(vins) > 1 else answers)(request, vins)
+
+    vpic.fault = chokes
+    async with start(vpic_concurrency=1, offline=False) as service:
+        lines = await service.batch(trucks(120, 0))
+        assert {line["status"] for line in lines} == {200}
+        assert [len(call) for call in vpic.calls] == [50, *[1] * 50, 50, 20]
+        assert vpic.asked[50:100] == trucks(50, 0)
 
 
 async def test_what_was_fetched_together_does_not_end_together(start: Start) -> None:
@@ -3643,7 +3953,7 @@ async def test_vin_missing_from_an_answer_fails_alone(service: Service) -> None:
 
 async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) -> None:
     """With vPIC down, expired rows are served stale and unknown VINs offline, line by line."""
-    async with start(breaker_failures=1) as service:
+    async with start(breaker_failures=1, vpic_batch_timeout=0.001, breaker_seconds=0.2) as service:
         await service.lookup(TRUCK)
         service.expire()
         vpic.fault = refuses(403)
@@ -3651,7 +3961,44 @@ async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) ->
         told = [(line["status"], line["source"], line["cached_result"]) for line in lines]
         assert told == [(200, "vpic", True), (200, "offline", False)]
         assert (unknown["vin"], unknown["status"]) == (UNKNOWN, 503)  # a stand-in never says no
-        assert len(vpic.calls) == 2
+        assert [len(call) for call in vpic.calls] == [1, 3, 1]  # the last one found that vPIC still fails
+
+
+async def test_a_batch_waits_while_vpic_is_left_alone(start: Start, vpic: PlayedVpic) -> None:
+    """A short outage costs a cold batch some time, and no line; lookups are answered meanwhile."""
+    settings = {"breaker_failures": 3, "breaker_seconds": 1, "vpic_concurrency": 4, "offline": False}
+    async with start(**settings) as service:
+        vpic.fault = refuses(403)
+        batch = asyncio.create_task(service.batch(trucks(700)))
+        await until(lambda: not service.state["vpic"].breaker.closed)
+        assert (await service.lookup(TRUCK))[0] == 503
+        vpic.fault = answers
+        assert [(line["vin"], line["status"]) for line in await batch] == [(vin, 200) for vin in trucks(700)]
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["failed", "offline"])
+async def test_a_batch_gives_up_when_vpic_stays_down(
+    start: Start, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture, offline: bool
+) -> None:
+    """Its lines wait for VPIC_BATCH_TIMEOUT and the next failed call, then all are answered without vPIC, and the log
+    sums up."""
+    settings = {"breaker_failures": 2, "breaker_seconds": 0.3, "vpic_batch_timeout": 0.5, "offline": offline}
+    async with start(**settings) as service:
+        vpic.fault = refuses(403)
+        async with asyncio.timeout(20):
+            lines = await service.batch(trucks(700))
+        assert [line["status"] for line in lines] == [200 if offline else 503] * 700
+        assert 3 <= len(vpic.calls) < 30
+        counted = "700 offline" if offline else "700 failed"
+        assert logged(caplog, "^batch") == [f"batch answered in part without vPIC: {counted}"]
+
+
+async def test_a_batch_waits_for_the_rate(start: Start, vpic: PlayedVpic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That our own rate is used up is no failure of vPIC's: lookups are told when to ask again, lines wait."""
+    monkeypatch.setattr(main, "RateLimitItemPerMinute", lambda calls: RateLimitItemPerSecond(calls, 2))
+    async with start(vpic_rate=2, vpic_timeout=1, vpic_batch_timeout=1, offline=False) as service:
+        assert [line["status"] for line in await service.batch(trucks(240))] == [200] * 240
+        assert len(vpic.calls) == 5
 
 
 # -- Model years -------------------------------------------------------------------------------------------------------
@@ -4108,7 +4455,7 @@ class SimulatedVpic:
     def rate_reached_since(self, moment: float) -> bool:
         """Whether at any time since then there were as many calls in a minute as may be."""
         rate = self._settings.vpic_rate
-        return len(self.calls) >= rate and self.calls[-rate].began > moment - 60
+        return len(self.calls) >= rate and self.calls[-rate].began > moment - 60 + 1e-6  # a float's rounding
 
     def get(self, url: str, params: dict[str, str], **_: Any) -> AbstractAsyncContextManager[Reply]:
         return self._call([main.ask(url.rpartition("/")[2], params.get("modelyear", ""))])
@@ -4163,7 +4510,7 @@ class SimulatedVpic:
             complain("more calls in a minute than VPIC_RATE")
         for other in self.under_way:
             for question in other.questions & call.questions:
-                if not self._simulation.may_ask_beside(other, question):
+                if not self._simulation.may_ask_beside(call, other, question):
                     complain(f"{question} is asked twice at the same time")
         if self.breaker_is_open:
             if call.began < self._probe_at:
@@ -4237,14 +4584,16 @@ def simulated_settings(**changed: Any) -> main.Settings:
 
 def leftovers(lookups: main.Lookups) -> list[str]:
     """What Lookups has not finished: it knows nothing of this once nobody waits and nothing is asked any more."""
-    counter = lookups._counter
+    scheduler = lookups._scheduler
+    queues = [scheduler.lookups, scheduler.refreshes, *scheduler.batches]
     left = {
-        "tickets": [*lookups._tickets, *lookups._late],
-        "in line": [*counter.lookups, *counter.refreshes, *(question for line in counter.batches for question in line)],
-        "batches": len(counter.batches),
+        "tickets": [*lookups._tickets],
+        "waiting": [ticket.question for queue in queues for ticket in queue],
+        "batches": len(scheduler.batches),
         "tasks": len(lookups._tasks),
-        "places": counter._places - counter._free,
-        "places for the background": max(1, counter._places // 2) - counter._for_background,
+        "overdue": len(lookups._overdue),
+        "places": scheduler.places - scheduler.free_places,
+        "places for the background": max(1, scheduler.places // 2) - scheduler.free_for_background,
     }
     return [f"{name}: {value}" for name, value in left.items() if value]
 
@@ -4332,10 +4681,10 @@ class Simulation:
         """Whether a lookup that begins now has to be answered by vPIC, or by its word of before."""
         return self.is_well and self.world.time() - self.trouble_at > LAG and not self.vpic.breaker_is_open
 
-    def may_ask_beside(self, other: Source, question: str) -> bool:
-        """Whether a question may be asked although another call for it is under way: its VIN was removed since that was
-        begun, or the store did not say whether it was."""
-        begun = self.world.tasks[other.task] if other.task else other.began
+    def may_ask_beside(self, call: Source, other: Source, question: str) -> bool:
+        """Whether a question may be asked although another call for it is under way: its VIN was removed since the
+        first of the two tasks was begun, or the store did not say whether it was."""
+        begun = min(self.world.tasks[source.task] if source.task else source.began for source in (call, other))
         return max(self.removed_at.get(question[:17], -math.inf), self.store.read_failed_at) >= begun
 
     def batch_ends_by(self, caller: Caller) -> float:
@@ -4814,7 +5163,7 @@ def life_of_a_batch(simulation: Simulation) -> None:
 @pytest.mark.parametrize("life", [life_of_a_vin, life_of_a_batch])
 def test_any_statement_of_a_life_may_fail(life: Callable[[Simulation], None]) -> None:
     """Whichever one it is, the right answers come in time, and once all is well, all is fresh and nothing left over."""
-    for number in count(1):
+    for number in counting(1):
         with Simulation(ttl=1000, grace=500) as simulation:
             simulation.store.failing = number
             life(simulation)
@@ -4846,13 +5195,13 @@ def test_any_statement_of_a_migration_may_fail(tmp_path: Path, monkeypatch: pyte
         database = copied(old, f"{failing}.db")
         with monkeypatch.context() as patches, suppress(sqlite3.OperationalError):
             patches.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=Connection, **kwargs))
-            main.prepare(database, 5)
+            main.prepare(database)
         version = 1 if executed == failing else main.SCHEMA_VERSION
         for expected in (version, main.SCHEMA_VERSION):
             assert is_whole(database)
             assert sql(database, "PRAGMA user_version")[0][0] == expected
             assert sql(database, "SELECT count(*) FROM vehicles WHERE model = '388'")[0][0] == 20_000
-            main.prepare(database, 5)
+            main.prepare(database)
     assert failing > 10
 
 
@@ -6120,6 +6469,54 @@ async def test_sigterm_lets_requests_in_flight_be_answered(launch: Launch, vpic:
         await ask(f"{process.url}/healthz")
 
 
+UNFINISHED = {
+    "half an upload": ("POST /lookup/batch", "text/plain", 1000, TRUCK),
+    "half of a JSON body": ("POST /lookup/batch", JSON, 1000, '{"vins": ['),
+    "a cold batch": ("POST /lookup/batch", "text/plain", 17, TRUCK),
+    "a lookup": (f"GET /lookup/{TRUCK}", "text/plain", 0, ""),
+}
+
+
+@pytest.mark.parametrize(("route", "kind", "length", "sent"), UNFINISHED.values(), ids=UNFINISHED)
+async def test_what_is_cut_off_at_the_end_is_a_sentence_each(
+    launch: Launch, vpic: PlayedVpic, route: str, kind: str, length: int, sent: str
+) -> None:
+    """Of the requests that are unfinished when the grace period ends the log has no traceback."""
+    vpic.fault = hangs
+    process = await launch("--timeout-graceful-shutdown", "1", offline=False).started()
+    _, writer = await asyncio.open_connection("127.0.0.1", process.port)
+    head = f"{route} HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
+    writer.write((head + sent).encode())
+    assert (await ask(f"{process.url}/healthz"))[0] == 200  # it came later, so the other one has come
+    await asyncio.sleep(0.2)
+    process.signal(signal.SIGTERM)
+    assert await process.ended() in (0, -signal.SIGTERM)
+    writer.transport.abort()
+    log = process.log.read_text()
+    assert "Traceback" not in log
+    assert log.count("request cut off: ") == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["one process", "two workers"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+async def test_a_start_that_waits_for_a_locked_file_can_be_ended(
+    launch: Launch, tmp_path: Path, how: signal.Signals, workers: int
+) -> None:
+    """At once, as a service that has started ends, and without a traceback; no client is told nonsense meanwhile."""
+    fill(tmp_path / "cache.db", 1)
+    with locked(tmp_path / "cache.db"):
+        process = launch("--workers", f"{workers}", vpic_url="")
+        await until(lambda: process.log.read_text().count("Waiting for application startup") == workers)
+        await asyncio.sleep(1)
+        assert "startup complete" not in process.log.read_text()
+        process.signal(how)
+        assert await process.ended(10) in (0, -how)
+    log = process.log.read_text()
+    assert "told to stop while it waited for" in log
+    assert "Traceback" not in log
+    assert "failed" not in log
+
+
 async def test_sigterm_ends_the_process_despite_a_slow_reader(launch: Launch, tmp_path: Path) -> None:
     """Whoever reads an export too slowly is cut off when the grace period ends."""
     fill(tmp_path / "cache.db", 20_000, 500)
@@ -6516,7 +6913,8 @@ async def test_fuzzer_finds_nothing(launch: Launch, vpic: PlayedVpic, tmp_path: 
 async def test_fuzzer_finds_nothing_while_vpic_is_down(launch: Launch, vpic: PlayedVpic, tmp_path: Path) -> None:
     """But for 5xx, which tell of vPIC's failure."""
     vpic.fault = refuses(403)
-    process = launch("--no-access-log", export_limit="", vpic_rate=10**6, offline="false")
+    hasty = {"breaker_seconds": 0.2, "vpic_batch_timeout": 0.2}  # else a batch would wait for vPIC
+    process = launch("--no-access-log", export_limit="", vpic_rate=10**6, offline="false", **hasty)
     await fuzz(process, tmp_path, {}, "--exclude-checks", "not_a_server_error")
 
 
