@@ -3953,7 +3953,7 @@ async def test_vin_missing_from_an_answer_fails_alone(service: Service) -> None:
 
 async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) -> None:
     """With vPIC down, expired rows are served stale and unknown VINs offline, line by line."""
-    async with start(breaker_failures=1, vpic_batch_timeout=0.001, breaker_seconds=0.2) as service:
+    async with start(breaker_failures=1, vpic_batch_timeout=0.5, breaker_seconds=0.7) as service:
         await service.lookup(TRUCK)
         service.expire()
         vpic.fault = refuses(403)
