@@ -48,7 +48,18 @@ import time
 import weakref
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -62,6 +73,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
@@ -3115,7 +3127,7 @@ def line_of(question: Question, outcome: Outcome, details: bool) -> str:
 # ======================================================================================================================
 # Fleet: a file of VINs as people keep it, a list or a spreadsheet's CSV; and what is told of it, as lines of JSON or as
 # CSV. An upload is received whole and read through once before it is answered: clients write all before they read, and
-# what is wrong with a file is then a 422. It is read in windows and by a thread: no lookup waits for the disk.
+# what is wrong with a file is then a 422. It is read in short steps, by threads of its own: no lookup waits for them.
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
@@ -3123,6 +3135,11 @@ TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
 LIST_CHARACTERS = 1000  # of a line of a list: where there are more, something ate the line ends
 ROW_CHARACTERS = 2**15  # of a row of CSV, of which some hundred are in memory at once
 PROGRESS = 60  # seconds from one line of the log to the next on how far a batch is
+
+# A step of reading ends after so many characters, some 0.3 ms: for so long it may keep others from Python's lock.
+STEP_CHARACTERS = 2**14
+LINE_COST = 31  # characters that a line counts for besides its own: an empty one takes time, too
+UPLOAD_THREADS = 2
 
 SEND = (
     "Send JSON with Content-Type: application/json, or a file as it is: text/plain with one VIN a line, or text/csv"
@@ -3165,28 +3182,78 @@ class Layout(NamedTuple):
     model_year: int | None
 
 
+upload_threads = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
+
+
+async def in_upload_thread(work: Callable[..., Taken], *given: Any) -> Taken:
+    """What the work returns. The threads that all others share are free for what lookups need."""
+    return await asyncio.get_running_loop().run_in_executor(upload_threads, work, *given)
+
+
 class Fleet:
-    """A file of VINs that is open. What is wrong with it is raised as a 422 that names the line."""
+    """A file of VINs that is open. What is wrong with it is raised as a 422 that names the line.
+
+    What reads it is an iterator that yields None where it has read but found nothing, as an empty line is: so `step`
+    can end anywhere."""
 
     def __init__(self, file: BinaryIO, encoding: str, kind: str) -> None:
         self.marked = encoding in BYTE_ORDER_MARKS.values()
         # A byte that is no text becomes a lone surrogate here, which `_lines` finds in its line.
         errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
+        self._kind = kind
         self._number = 0  # of the line that was read last
-        self.layout = self._find_layout(kind)
-        self.form = CSV if self.layout or kind == CSV else JSONL  # in which it is answered
+        self._left = 0  # characters of this step
+        self.layout: Layout | None = None
+        self.form = JSONL  # in which it is answered
+        self.count = 0  # of its rows
 
-    def rows(self) -> Iterator[Row]:
-        """The rows, from the first one; an empty line is none."""
+    async def step(self, items: Iterator[Taken | None], most: int) -> tuple[list[Taken], bool]:
+        """What the iterator yields next: up to so many, fewer or none where the step ends first. And whether that is
+        all."""
+
+        def step() -> tuple[list[Taken], bool]:
+            self._left = STEP_CHARACTERS
+            taken: list[Taken] = []
+            for item in items:
+                if item is not None:
+                    taken.append(item)
+                if self._left <= 0 or len(taken) == most:
+                    return taken, False
+            return taken, True
+
+        return await in_upload_thread(step)
+
+    async def read_through(self, gone: Callable[[], Awaitable[bool]]) -> None:
+        """Find the layout and count the rows. Raises ClientDisconnect when the client is gone."""
+        for items in (self._find_layout(), self.rows()):
+            ended = False
+            while not ended:
+                taken, ended = await self.step(items, STEP_CHARACTERS)
+                self.count += len(taken)
+                if await gone():
+                    raise ClientDisconnect
+
+    def rows(self) -> Iterator[Row | None]:
+        """The rows, from the first one."""
         layout = self.layout
         if layout is None:
             for line in self._lines(LIST_CHARACTERS):
                 if line.strip(EDGES):
                     vin, _, model_year = line.rstrip("\r\n").partition(",")
                     yield Row(vin, model_year)
+                else:
+                    yield None
             return
-        for came, values in islice(self._sheet(layout.separator), 2 if layout.before else 1, None):
+        heads = 2 if layout.before else 1
+        for row in self._sheet(layout.separator):
+            if row is None:
+                yield None
+                continue
+            if heads:
+                heads -= 1
+                continue
+            came, values = row
             if len(values) > layout.columns:
                 raise self._invalid(f"{len(values)} columns, but only {layout.columns} have names")
             missing = layout.columns - len(values)
@@ -3196,9 +3263,15 @@ class Fleet:
             # pandas writes a column of years that has gaps as 1994.0
             yield Row(values[layout.vin], model_year.removesuffix(".0"), came)
 
-    def _find_layout(self, kind: str) -> Layout | None:
-        """By the first line and by what the file is said to be. None: a list, one VIN a line."""
-        first = next((line for line in self._lines(ROW_CHARACTERS) if line.strip(EDGES)), "")
+    def _find_layout(self) -> Iterator[None]:
+        """Set `layout` and `form`, by the first line and by what the file is said to be."""
+        self.layout = yield from self._search_layout(self._kind)
+        if self.layout or self._kind == CSV:
+            self.form = CSV
+
+    def _search_layout(self, kind: str) -> Generator[None, None, Layout | None]:
+        """None: a list, one VIN a line."""
+        first = yield from first_of(line if line.strip(EDGES) else None for line in self._lines(ROW_CHARACTERS))
         if not first:
             return None
         if first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
@@ -3211,7 +3284,10 @@ class Fleet:
         fault: RequestValidationError | None = None
         for separator in told[1] if told else ",;\t":
             try:
-                names, values = next(islice(self._sheet(separator), 1 if told else 0, None), ("", []))
+                sheet = self._sheet(separator)
+                if told:
+                    yield from first_of(sheet)
+                names, values = (yield from first_of(sheet)) or ("", [])
             except RequestValidationError as error:
                 fault = error
                 continue
@@ -3231,7 +3307,7 @@ class Fleet:
         listed = ", ".join(ascii(name[:40]) for name in columns[:10]) + (", ..." if len(columns) > 10 else "")
         raise invalid("columns", ("body",), f"No column is named vin; the first line names {listed or 'none'}")
 
-    def _sheet(self, separator: str) -> Iterator[tuple[str, list[str]]]:
+    def _sheet(self, separator: str) -> Iterator[tuple[str, list[str]] | None]:
         """The rows of a CSV file: the text as it came, without the line end, and the values."""
         parts: list[str] = []  # a line break in quotes does not end a row
 
@@ -3248,8 +3324,7 @@ class Fleet:
 
         try:
             for values in csv.reader(lines(), delimiter=separator, strict=True):
-                if values:
-                    yield "".join(parts).rstrip("\r\n"), values
+                yield ("".join(parts).rstrip("\r\n"), values) if values else None
                 parts.clear()
         except csv.Error as error:
             self._number -= len(parts) - 1
@@ -3270,6 +3345,7 @@ class Fleet:
             if not line:
                 return
             self._number += 1
+            self._left -= len(line) + LINE_COST
             if len(line) > most:
                 raise self._invalid(f"more than {most:,} characters: {EATEN}")
             yield line
@@ -3278,24 +3354,35 @@ class Fleet:
         return invalid("line", ("body", self._number), f"Line {self._number:,}: {what}")
 
 
-@asynccontextmanager
-async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> AsyncIterator[Fleet]:
-    """Receive a file and open it; it has no name, and is gone at the end, whatever happens.
+def first_of(items: Iterator[Taken | None]) -> Generator[None, None, Taken | None]:
+    """The first that is not None, which is yielded for each before it; None if there is none."""
+    for item in items:
+        if item is not None:
+            return item
+        yield
+    return None
 
-    Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, and a 422."""
+
+@asynccontextmanager
+async def receiving(
+    pieces: AsyncIterator[bytes], gone: Callable[[], Awaitable[bool]], folder: Path, kind: str
+) -> AsyncIterator[Fleet]:
+    """Receive a file and read it through; it has no name, and is gone at the end, whatever happens.
+
+    Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, a 422, and ClientDisconnect."""
     utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
     file: BinaryIO | None = None
     try:
         try:
-            file = cast(BinaryIO, await asyncio.to_thread(tempfile.TemporaryFile, dir=folder))
+            file = cast(BinaryIO, await in_upload_thread(partial(tempfile.TemporaryFile, dir=folder)))
             async for piece in pieces:  # the last one is empty
-                await asyncio.to_thread(file.write, piece)
+                await in_upload_thread(file.write, piece)
                 if encoding == "utf-8":
                     try:
                         utf_8.decode(piece, final=not piece)
                     except UnicodeDecodeError:
                         encoding = "cp1252"
-            await asyncio.to_thread(file.seek, 0)
+            await in_upload_thread(file.seek, 0)
         except OSError as error:
             log.warning("upload failed: %s", error)
             raise UploadFailed(f"The file cannot be kept ({reason(error)}); send it again later.") from None
@@ -3303,7 +3390,9 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
         if head.startswith(PACKED):
             raise UnsupportedBody("The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
         encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
-        yield await asyncio.to_thread(Fleet, file, encoding, kind)
+        fleet = Fleet(file, encoding, kind)
+        await fleet.read_through(gone)
+        yield fleet
     finally:
         if file is not None:
             with suppress(OSError):  # on a full disk, of what could not be written
@@ -3311,14 +3400,21 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
 
 
 async def in_windows(
-    rows: Iterator[Row], from_disk: bool, kept: "deque[Row] | None" = None
+    rows: Iterator[Row | None], fleet: Fleet | None, kept: "deque[Row] | None" = None
 ) -> AsyncIterator[list[Row]]:
     """The rows, some at a time; `kept` gets them too, where they are needed for CSV."""
     size = WINDOW if kept is None else WINDOW // 2  # a line of CSV takes twice as long
-    while window := await asyncio.to_thread(list, islice(rows, size)) if from_disk else [*islice(rows, size)]:
-        if kept is not None:
-            kept.extend(window)
-        yield window
+    ended = False
+    while not ended:
+        if fleet is None:
+            window = [row for row in islice(rows, size) if row]
+            ended = not window
+        else:
+            window, ended = await fleet.step(rows, size)
+        if window:
+            if kept is not None:
+                kept.extend(window)
+            yield window
 
 
 async def noting(lines: AsyncIterator[list[str]], count: int, client: str) -> AsyncIterator[list[str]]:
@@ -4130,7 +4226,8 @@ async def received(request: Request) -> AsyncIterator[Fleet]:
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
-        async with receiving(request.stream(), request.state.settings.upload_folder, kind) as fleet:
+        folder = request.state.settings.upload_folder
+        async with receiving(request.stream(), request.is_disconnected, folder, kind) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None
@@ -4140,10 +4237,7 @@ async def lookup_file(
     fleet: Annotated[Fleet, Depends(received)], request: Request, details: Details = False
 ) -> StreamingResponse:
     """Decode a file of VINs: a list, or CSV, whose columns come back with ours behind them."""
-    count = 0
-    async for window in in_windows(fleet.rows(), from_disk=True):
-        count += len(window)
-    return await tell_lines(request, fleet.rows(), count, details, fleet.form, fleet)
+    return await tell_lines(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
 
 
 # Before the route for JSON, which would take all.
@@ -4155,7 +4249,7 @@ app.routes.append(
 
 
 async def tell_lines(
-    request: Request, rows: Iterator[Row], count: int, details: bool, form: str, fleet: Fleet | None = None
+    request: Request, rows: Iterator[Row | None], count: int, details: bool, form: str, fleet: Fleet | None = None
 ) -> StreamingResponse:
     """The lines for so many rows, in this form unless another one is asked for."""
     doors: Doors = request.state.doors
@@ -4165,7 +4259,7 @@ async def tell_lines(
     form = next((name for name in accepted if name in (CSV, JSONL)), form)
     kept = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
-    lines = noting(request.state.lookups.batch(in_windows(rows, fleet is not None, kept), details), count, client)
+    lines = noting(request.state.lookups.batch(in_windows(rows, fleet, kept), details), count, client)
     told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, details)
     return StreamingResponse(told, headers={"X-Total-Count": str(count)}, media_type=form)
 

@@ -46,7 +46,7 @@ from functools import cache
 from http.client import HTTPConnection, HTTPSConnection
 from importlib.metadata import requires
 from itertools import count as counting
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -5503,6 +5503,60 @@ async def test_the_file_is_gone_when_it_is_answered(service: Service, tmp_path: 
     for content in (FLEET.encode(), SHEET.encode(), b"unit\n7\n", SHEET.encode() + b'"'):
         await upload(service, content)
         await until(lambda: not uploads(tmp_path))
+
+
+NOTHING = 2**20
+LONG_FILES = {
+    "line ends": (b"\n" * NOTHING, 0),
+    "line ends before the names": (b"\r\n" * (NOTHING // 2) + b"vin\n" + TRUCK.encode(), 1),
+    "line ends behind the separator": (b"sep=;\n" + b"\n" * NOTHING + b"vin;x\n" + TRUCK.encode(), 1),
+    "line ends behind the names": (b"vin,x\n" + b"\r" * NOTHING + TRUCK.encode(), 1),
+    "blank lines": (("\u200b \0" * 300 + "\n").encode() * (NOTHING // 1501) + TRUCK.encode(), 1),
+    "long rows": ((b"vin,x\n" + (TRUCK + "," + "x" * 30_000 + "\n").encode() * 100), 100),
+}
+
+
+@pytest.mark.parametrize(("content", "count"), LONG_FILES.values(), ids=LONG_FILES)
+async def test_a_step_of_reading_is_short_whatever_is_in_the_file(content: bytes, count: int) -> None:
+    """And where a step ends, a client that has left ends the reading."""
+    file = io.BytesIO(content)
+    fleet = main.Fleet(file, "utf-8", "")
+    places = [0]
+
+    async def gone() -> bool:
+        places.append(file.tell())
+        return len(places) == most
+
+    most = 0
+    await fleet.read_through(gone)
+    assert fleet.count == count
+    assert max(after - before for before, after in pairwise(places)) <= 2**17
+    most, places = 4, [0]
+    with pytest.raises(main.ClientDisconnect):
+        await main.Fleet(io.BytesIO(content), "utf-8", "").read_through(gone)
+
+
+@NEEDS_PROC
+async def test_long_uploads_of_nothing_hold_up_nobody(start: Start, tmp_path: Path) -> None:
+    """As many as two cores have threads for everything else; who needs one of those is answered before all of them,
+    and the reading ends when their clients leave."""
+    count, size = 6, 20 * 2**20
+    head = f"POST /lookup/batch HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: {size}\r\n\r\n"
+    async with start(vpic_url="") as service:
+        connections = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(count)]
+        for _, writer in connections:
+            writer.write(head.encode() + b"\n" * size)
+        await asyncio.gather(*(writer.drain() for _, writer in connections))
+        answering = [asyncio.create_task(reader.readline()) for reader, _ in connections]
+        await until(lambda: len(uploads(tmp_path)) == count)
+        async with asyncio.timeout(10):
+            for told in (False, True):
+                assert await service.were_cached(trucks(20)) == [told] * 20
+        assert not any(answer.done() for answer in answering)
+        for _, writer in connections:
+            writer.transport.abort()
+        await until(lambda: not uploads(tmp_path))
+        await asyncio.gather(*answering, return_exceptions=True)
 
 
 async def test_a_fleet_goes_on_where_it_was_left(service: Service) -> None:
