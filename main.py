@@ -292,16 +292,23 @@ class Settings(BaseSettings):
         return " ".join(f"{name}={mask(str(value))}" for name, value in self)
 
 
-# What Kubernetes puts into every container's environment for a service that is called vincache.
-KUBERNETES = re.compile(r"(SERVICE_HOST|SERVICE_PORT|PORT)(_|$)")
+# What Kubernetes puts into every container's environment for each service, here for those whose names begin with
+# vincache, like vincache-redis. A name that merely ends in _PORT may be a typo, so its value has to be an address, too.
+KUBERNETES = re.compile(
+    r"VINCACHE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)="
+    r"|VINCACHE_(\w+_)?PORT=(tcp|udp|sctp)://"
+)
 
 
 def unknown_settings() -> list[str]:
     """A fault for each variable that looks like one of ours: a typo must not leave a door open."""
     known = [name.upper() for name in Settings.model_fields]
-    given = {name.upper() for name in (*os.environ, *dotenv_values(ENV_FILE, encoding=ENV_ENCODING))}
-    unknown = sorted(name[9:] for name in given if name.startswith("VINCACHE_") and name[9:] not in known)
-    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown if not KUBERNETES.match(name)]
+    given = {
+        name.upper(): value for name, value in {**dotenv_values(ENV_FILE, encoding=ENV_ENCODING), **os.environ}.items()
+    }
+    ours = {name for name, value in given.items() if not KUBERNETES.match(f"{name}={value}")}
+    unknown = sorted(name[9:] for name in ours if name.startswith("VINCACHE_") and name[9:] not in known)
+    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown]
 
 
 def read_settings() -> Settings:

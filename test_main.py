@@ -769,6 +769,50 @@ def test_a_typo_in_the_file_is_named_too(tmp_path: Path, monkeypatch: pytest.Mon
         )
 
 
+INJECTED = {
+    "SERVICE_HOST": "10.0.0.1",
+    "SERVICE_PORT": "6379",
+    "SERVICE_PORT_HTTP": "6379",
+    "PORT": "tcp://10.0.0.1:6379",
+    "PORT_6379_TCP": "tcp://10.0.0.1:6379",
+    "PORT_6379_TCP_PROTO": "tcp",
+    "PORT_6379_TCP_PORT": "6379",
+    "PORT_6379_TCP_ADDR": "10.0.0.1",
+    "PORT_53_UDP_ADDR": "fd00::1",
+    "PORT_9_SCTP": "sctp://[fd00::1]:9",
+}
+
+
+@pytest.mark.parametrize("service", ["", "redis_", "export_limit_", "a_port_service_"])
+def test_what_a_cluster_injects_is_no_typo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: str) -> None:
+    """Kubernetes tells each container of all services, also of those whose names begin with vincache."""
+    monkeypatch.chdir(tmp_path)
+    with environment(**{service + name: value for name, value in INJECTED.items()}):
+        assert main.read_settings().log == "text"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("EXPORT_LIMT", "1/minute"),
+        ("API_KEYS", "crown"),
+        ("EXPORT", "tcp://10.0.0.1:80"),
+        ("REDIS_PORT", "6379"),
+        ("PORT", "8000"),
+        ("PORT_HTTP", "80"),
+        ("REDIS_PORT_6379", "tcp://10.0.0.1:6379"),
+        ("SERVICE_HOSTS", "10.0.0.1"),
+    ],
+)
+def test_what_looks_like_injected_is_a_typo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Neither the end of a name nor an address as the value is enough by itself."""
+    monkeypatch.chdir(tmp_path)
+    with environment(**{name: value}), pytest.raises(main.StartupError, match=f"VINCACHE_{name} is no setting"):
+        main.read_settings()
+
+
 def test_a_file_in_another_encoding_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As some editors save it, nothing of it could be read."""
     monkeypatch.chdir(tmp_path)
