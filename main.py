@@ -376,7 +376,7 @@ def normalize_model_year(given: object) -> str:
     if isinstance(given, float) and given.is_integer():  # in JSON, 1994.0 is an integer
         given = int(given)
     year = str(given).strip(EDGES) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
-    if year and not (year.isascii() and year.isdigit() and 1980 <= int(year[:5]) <= last):
+    if year and not (re.fullmatch("[0-9]{4}", year) and 1980 <= int(year) <= last):
         raise PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
     return year
 

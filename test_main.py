@@ -3732,7 +3732,7 @@ async def test_the_model_year_asked_for_is_honoured(service: Service, vpic: Play
     assert [row["model_year_asked"] for row in service.rows()] == ["", "1994"]
 
 
-@pytest.mark.parametrize("year", ["1979", "2099", "94", "x", " 19 94", "\uff11994", "-1994", "1e3", "19940"])
+@pytest.mark.parametrize("year", ["1979", "2099", "94", "x", " 19 94", "\uff11994", "-1994", "1e3", "19940", "02014"])
 @pytest.mark.parametrize("form", YEAR_FORMS)
 async def test_what_is_no_model_year_is_422(service: Service, vpic: PlayedVpic, form: str, year: str) -> None:
     """In a batch in its own line, everywhere else as a whole; nothing is asked."""
@@ -3742,6 +3742,39 @@ async def test_what_is_no_model_year_is_422(service: Service, vpic: PlayedVpic, 
     told = body["detail"] if form == "batch" else body["detail"][0]["msg"]
     assert (status, told) == (422, f"A model year is a number from 1980 to {datetime.now(UTC).year + 2}")
     assert vpic.calls == []
+
+
+def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
+    """Four digits of the range, or nothing, whatever is given in whatever type; and each year of it is accepted."""
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    years = some.integers(1900, 2100)
+    text, number = main.Asked.model_json_schema()["properties"]["model_year"]["anyOf"]
+    known = {*text["enum"]}
+    assert known - {""} == {str(year) for year in range(number["minimum"], number["maximum"] + 1)}
+    for year in known - {""}:
+        for given in (year, int(year), float(year), f" {year}\n"):
+            assert main.normalize_model_year(given) == year
+
+    @hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=1000)
+    @hypothesis.given(
+        some.one_of(
+            some.builds("{}{}{}".format, some.text("0 -+_.\t", max_size=5), years, some.text("0 _.\n5", max_size=5)),
+            some.text("0123456789\u0661\uff11\u00b2", max_size=8),
+            some.text(),
+            some.integers(),
+            years.map(float),
+            some.floats(),
+            some.booleans(),
+            some.none(),
+            some.lists(years.map(str), max_size=2),
+        )
+    )
+    def check(given: object) -> None:
+        with suppress(main.PydanticCustomError):
+            assert main.normalize_model_year(given) in known
+
+    check()
 
 
 async def test_two_years_of_one_vin_at_the_same_time_are_two_flights(start: Start, vpic: PlayedVpic) -> None:
