@@ -68,7 +68,7 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from copy import copy, deepcopy
+from copy import deepcopy
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
@@ -76,7 +76,7 @@ from enum import Enum
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -91,6 +91,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
+from fastapi.telemetry._api import _route_selected
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import Storage
 from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
@@ -117,12 +118,11 @@ from pydantic import Tag as KindOf
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Route
+from starlette.routing import BaseRoute, Match
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -309,16 +309,23 @@ class Settings(BaseSettings):
         return " ".join(f"{name}={mask(str(value))}" for name, value in self)
 
 
-# What Kubernetes puts into every container's environment for a service that is called vincache.
-KUBERNETES = re.compile(r"(SERVICE_HOST|SERVICE_PORT|PORT)(_|$)")
+# What Kubernetes puts into every container's environment for each service, here for those whose names begin with
+# vincache, like vincache-redis. A name that merely ends in _PORT may be a typo, so its value has to be an address, too.
+KUBERNETES = re.compile(
+    r"VINCACHE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)="
+    r"|VINCACHE_(\w+_)?PORT=(tcp|udp|sctp)://"
+)
 
 
 def unknown_settings() -> list[str]:
     """A fault for each variable that looks like one of ours: a typo must not leave a door open."""
     known = [name.upper() for name in Settings.model_fields]
-    given = {name.upper() for name in (*os.environ, *dotenv_values(ENV_FILE, encoding=ENV_ENCODING))}
-    unknown = sorted(name[9:] for name in given if name.startswith("VINCACHE_") and name[9:] not in known)
-    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown if not KUBERNETES.match(name)]
+    given = {
+        name.upper(): value for name, value in {**dotenv_values(ENV_FILE, encoding=ENV_ENCODING), **os.environ}.items()
+    }
+    ours = {name for name, value in given.items() if not KUBERNETES.match(f"{name}={value}")}
+    unknown = sorted(name[9:] for name in ours if name.startswith("VINCACHE_") and name[9:] not in known)
+    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown]
 
 
 def read_settings() -> Settings:
@@ -386,14 +393,19 @@ def normalize_model_year(given: object) -> str:
     if isinstance(given, float) and given.is_integer():  # in JSON, 1994.0 is an integer
         given = int(given)
     year = str(given).strip(EDGES) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
-    if year and not (year.isascii() and year.isdigit() and 1980 <= int(year[:5]) <= last):
+    if year and not (re.fullmatch("[0-9]{4}", year) and 1980 <= int(year) <= last):
         raise PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
     return year
 
 
 EXAMPLE = "1XPWD40X1ED215307"
 
-EDGE = "".join(f"\\u{ord(char):04x}" for char in EDGES)  # as a regular expression has it
+
+def vin_pattern(edges: Iterable[str]) -> str:
+    """A VIN with any of these characters around it, as the schema has it."""
+    edge = "".join(f"\\u{ord(char):04x}" for char in edges)
+    return f"^[{edge}]*[0-9A-Za-z]{{17}}[{edge}]*$"
+
 
 Vin = Annotated[
     str,
@@ -403,7 +415,7 @@ Vin = Annotated[
             "type": "string",
             "description": "17 ASCII letters and digits; case is folded, blanks and invisible characters around it go",
             # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
-            "anyOf": [{"type": "string", "pattern": f"^[{EDGE}]*[0-9A-Za-z]{{17}}[{EDGE}]*$"}],
+            "anyOf": [{"type": "string", "pattern": vin_pattern(EDGES)}],
             "example": EXAMPLE,  # `examples` would not fill the field there
         }
     ),
@@ -3726,36 +3738,37 @@ class Exporter:
 # 429, then 413 or 415, then 422.
 # ======================================================================================================================
 
-Tag = Literal["lookup", "remove", "export", "metrics"]  # what a request is about: the first part of its path
+Tag = Literal["lookup", "cache", "export", "metrics", "health", "docs"]  # what a route is about
+OPEN: set[Tag] = {"health", "docs"}  # what anybody may ask; all other routes want the key, where one is set
 
 BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
 
 KEY_HEADER = "X-API-Key"
+NO_KEY = f"This needs a valid key in the header {KEY_HEADER}."
 API_KEY = APIKeyHeader(name=KEY_HEADER, auto_error=False, description="One of the keys that the operator has set")
 
 
 class Doors:
-    """The key and the limits, by what a request is about."""
+    """The key and the limits, by what the matched route is about."""
 
     def __init__(self, settings: Settings, rates: Rates) -> None:
         self._rates = rates
-        self._keys = [key.encode() for key in settings.api_keys]
-        self.locked: set[Tag] = set()
-        if self._keys:
-            self.locked = {"remove", "export", "metrics", *(("lookup",) if settings.private else ())}
-        else:
+        self.keys = [key.encode() for key in settings.api_keys]
+        self.open = OPEN | (set() if settings.private else {"lookup"})  # the tags that need no key
+        if not self.keys:
+            self.open = {*get_args(Tag)}
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
         self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
-        self.guarded = self.locked | self.limits.keys()
+        self.free = self.open - self.limits.keys()  # the tags for which there is nothing to check
 
     async def enter(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
-        if tag in self.locked:
+        if tag not in self.open:
             given = Headers(scope=scope).get(KEY_HEADER, "").encode("latin-1")
             # All are compared, as bytes and in constant time: the time taken tells nothing.
-            if not any([hmac.compare_digest(given, key) for key in self._keys]):
-                raise API_KEY.make_not_authenticated_error()
+            if not any([hmac.compare_digest(given, key) for key in self.keys]):
+                raise HTTPException(401, NO_KEY, {"WWW-Authenticate": "APIKey"})
         if tag != "export":
             await self.count(scope, tag, 1)
         elif is_plain(scope):
@@ -3866,9 +3879,10 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
 
 
 # ======================================================================================================================
-# Front: what happens before FastAPI. It is one ASGI middleware, inside FastAPI's telemetry: the prefix is taken off the
-# path, the doors are passed, a cached VIN is answered, and so is what the routes have no answer for: OPTIONS, a method
-# that a path does not have, an address with a slash too many. Everything else is for the routes.
+# Front: what happens before FastAPI. It is one ASGI middleware, inside FastAPI's telemetry, and the only reader of the
+# path: it finds the route once, and by that route the doors are passed, a cached VIN is answered, and so is what the
+# routes have no answer for: OPTIONS, a method that a path does not have, an address with a slash too many. Everything
+# else is for the route that was found.
 # ======================================================================================================================
 
 PREFIX = "/api/v1"
@@ -3876,20 +3890,61 @@ PREFIX = "/api/v1"
 # A lookup as services send it, a normal VIN and nothing else: to let FastAPI take it apart takes longer than the hit.
 CANONICAL = re.compile(r"/lookup(?:\?vin=([0-9A-Z]{17})|/([0-9A-Z]{17})\?)")
 
-TAGS: dict[str, Tag] = {
-    "lookup": "lookup",
-    "remove": "remove",
-    "export": "export",
-    "export.parquet": "export",
-    "metrics": "metrics",
-}
+# Routes that ignore query parameters which they don't have, because load balancers add some to /healthz, bookmarks to
+# /docs, and Prometheus to /metrics: there nobody takes the answer for one that has honoured them.
+LENIENT: set[Tag] = OPEN | {"metrics"}
+
+
+class TaggedRoute(APIRoute):
+    """A route with one tag, which says what it is about. `Front` finds it: FastAPI's router only goes by that."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        [self.tag] = cast(list[Tag], self.tags)  # without one the service does not start
+        self.allowed = {*(self.methods or ())}
+        if "GET" in self.allowed:
+            self.allowed.add("HEAD")
+        self._parameters = [field.alias for field in self.dependant.query_params]
+
+    def serves(self, scope: Scope) -> bool:
+        """Whether it is for such a request, of those at its path."""
+        return scope["method"] in self.allowed
+
+    def body_bytes(self, _: Settings) -> int:
+        """How large a body may be."""
+        return BODY_BYTES
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return Match.FULL if scope.get("route") is self else Match.NONE, {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.tag not in LENIENT:
+            self._check_query(QueryParams(scope["query_string"]))
+        await self.app(scope, receive, send)
+
+    def _check_query(self, given: QueryParams) -> None:
+        """Raises a 422 for a parameter that the handler does not have, and for one that is given more than once: the
+        last would win, a cache before us may go by the first."""
+        try:
+            refuse_unknown(given.keys(), self._parameters, "parameter")
+        except PydanticCustomError as error:
+            raise invalid(error.type, ("query",), error.message()) from None
+        for name in given:
+            if len(given.getlist(name)) > 1:
+                raise invalid("repeated", ("query", name), f"Give {name} only once")
 
 
 class Front:
-    """The one way in."""
+    """The one way in: what is no `TaggedRoute` can't be reached."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
+        by_path: dict[str, list[TaggedRoute]] = {}
+        for route in routes:
+            if isinstance(route, TaggedRoute):
+                by_path.setdefault(route.path, []).append(route)
+        self._literal = {path: here for path, here in by_path.items() if not here[0].param_convertors}
+        self._patterns = [(here[0].path_regex, here) for here in by_path.values() if here[0].param_convertors]
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
@@ -3899,30 +3954,50 @@ class Front:
             return cors(scope, receive, send)
         return self._enter(scope, receive, send)
 
+    def _find(self, path: str) -> tuple[list[TaggedRoute], dict[str, str]]:
+        """The routes at a path, and its parameters. /lookup/batch is itself, and no /lookup/{vin}; with a control
+        character in it a path is none."""
+        if here := self._literal.get(path):
+            return here, {}
+        if CONTROL.search(path):
+            return [], {}
+        for pattern, here in self._patterns:
+            if found := pattern.fullmatch(path):  # not `match`: the pattern's $ would also match before a line end
+                return here, found.groupdict()
+        return [], {}
+
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope["root_path"])
         if path == PREFIX or path.startswith(f"{PREFIX}/"):
             path = path.removeprefix(PREFIX)
-            scope["root_path"] += PREFIX  # for the router: so much of the path has been dealt with
-        method, tag = scope["method"], TAGS.get(path[1:].partition("/")[0])
-        answer = self._app
+            scope["root_path"] += PREFIX  # for who tells addresses: so much of the path has been dealt with
+        method, answer = scope["method"], self._app
         try:
+            here, parameters = self._find(path.removesuffix("/") or "/")
+            if not here:
+                raise HTTPException(404)
+            for route in here:
+                if route.serves(scope):
+                    break
+            else:
+                route = here[0]  # for its tag: `detour` answers
+            scope["route"], scope["path_params"] = route, parameters
+            # Hits and errors never reach FastAPI's router, which tells its telemetry the route, by no public name.
+            _route_selected(scope=scope, path=route.path_format)
             doors: Doors = scope["state"]["doors"]
             # OPTIONS tells no more than /docs, and browsers send it without a key.
-            if tag in doors.guarded and method != "OPTIONS":
-                await doors.enter(scope, tag)
-            if tag == "lookup" and method in ("GET", "HEAD"):
+            if route.tag not in doors.free and method != "OPTIONS":
+                await doors.enter(scope, route.tag)
+            if route.tag == "lookup" and method in ("GET", "HEAD"):
                 canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
                 if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):
                     status, headers, body = rendered(hit, scope)  # a Response would do the same, but not as fast
                     await send({"type": "http.response.start", "status": status, "headers": headers})
                     await send({"type": "http.response.body", "body": body})
                     return
-            answer = detour(scope, path) or self._app
+            answer = detour(scope, path, here) or self._app
             if method == "POST":
-                is_file = path == "/lookup/batch" and not is_json(Headers(scope=scope).get("content-type", ""))
-                most = scope["state"]["settings"].upload_bytes if is_file else BODY_BYTES
-                receive = bounded(scope, receive, most)
+                receive = bounded(scope, receive, route.body_bytes(scope["state"]["settings"]))
         except HTTPException as error:
             answer = await render_error(Request(scope), error)
         await answer(scope, receive, send)
@@ -3943,26 +4018,23 @@ CORS: dict[str, Any] = {
 }
 
 
-def detour(scope: Scope, path: str) -> Response | None:
-    """The answer to a request that the routes have none for: what its path allows, or where it should have gone.
+def detour(scope: Scope, path: str, here: list[TaggedRoute]) -> Response | None:
+    """The answer to a request that the routes at its path have none for: what the path allows, or where the request
+    should have gone.
 
     Raises a 405 for a method that the path does not have."""
-    routes: list[Route] = scope["app"].routes
-    # /lookup/batch is itself, and no /lookup/{vin}.
-    here = [route for route in routes if route.path == path] or [r for r in routes if r.path_regex.match(path)]
-    if here:
-        methods = {"OPTIONS"}.union(*(route.methods or () for route in here))
-        allow = {"Allow": ", ".join(sorted(methods))}
-        if scope["method"] == "OPTIONS":
-            return Response(status_code=204, headers=allow)
-        if scope["method"] not in methods:
-            raise HTTPException(405, headers=allow)
-    elif not path:
+    if not path:
         return RedirectResponse(f"{PREFIX.rpartition('/')[2]}/")
-    elif path.endswith("/") and any(route.path_regex.match(path[:-1]) for route in routes):
+    if path.endswith("/") and path != "/":
         # Relative: what the address is outside, only the proxy knows.
         query = scope["query_string"].decode("latin-1")
         return RedirectResponse(f"../{quote(path.split('/')[-2], safe='')}" + (f"?{query}" if query else ""))
+    methods = {"OPTIONS"}.union(*(route.allowed for route in here))
+    allow = {"Allow": ", ".join(sorted(methods))}
+    if scope["method"] == "OPTIONS":
+        return Response(status_code=204, headers=allow)
+    if scope["method"] not in methods:
+        raise HTTPException(405, headers=allow)
     return None
 
 
@@ -4013,12 +4085,13 @@ app = FastAPI(
     version=VERSION,
     summary="Decodes VINs with NHTSA's vPIC, once, and remembers the answer.",
     lifespan=lifespan,
-    middleware=[Middleware(Front)],
     exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
     openapi_url=None,  # both have a route of their own below
     docs_url=None,
     redirect_slashes=False,  # Front's are relative
 )
+app.router.route_class = TaggedRoute
+app.add_middleware(Front, routes=app.routes)  # made at the start, when all routes are there
 
 Told = dict[int | str, dict[str, Any]]
 
@@ -4031,7 +4104,7 @@ def problem(description: str, detail: str, **fields: str) -> dict[str, Any]:
 
 
 # With the limits' numbers where `described` knows them.
-KEY: Told = {401: problem("No key, or a wrong one", "Not authenticated")}
+KEY: Told = {401: problem("No key, or a wrong one", NO_KEY)}
 LIMIT: Told = {429: problem("Too many; Retry-After says when", "The limit is 10 per 1 minute; ask again later.")}
 BODY: Told = {
     400: problem("The body can't be read", "There was an error parsing the body"),
@@ -4055,6 +4128,13 @@ LOOKUP: Told = {
         vin=EXAMPLE,
     ),
     504: problem("vPIC did not answer in time", "vPIC did not answer in time; ask again later.", vin=EXAMPLE),
+}
+NO_PATH: Told = {404: problem("A path with a control character in it", "Not Found")}
+UNDECODABLE_OR_NO_PATH: Told = {
+    404: {
+        "model": Undecodable | Problem,
+        "description": "vPIC can't decode this VIN; that is cached too. Or there is a control character in the path",
+    }
 }
 SAME: Told = {304: {"description": "It is what If-None-Match names"}}
 UNAVAILABLE: Told = {
@@ -4105,23 +4185,6 @@ by_key = Security(API_KEY)  # for the schema only, and there `described` decides
 def filled(body: Any) -> dict[str, Any]:
     """What stands in the body's field in /docs."""
     return {"requestBody": {"content": {"application/json": {"example": body}}}}
-
-
-def queried(*known: str) -> Any:
-    """A check of the query: a 422 for a parameter that is not known, and for one that is given more than once: the last
-    would win, a cache before us may go by the first."""
-
-    async def check(request: Request) -> None:
-        given = request.query_params
-        try:
-            refuse_unknown(given.keys(), known, "parameter")
-        except PydanticCustomError as error:
-            raise invalid(error.type, ("query",), error.message()) from None
-        for name in given:
-            if len(given.getlist(name)) > 1:
-                raise invalid("repeated", ("query", name), f"Give {name} only once")
-
-    return Depends(check)
 
 
 async def look_up(request: Request, question: Question, details: bool) -> Response:
@@ -4181,8 +4244,8 @@ Details = Annotated[bool, Query(description="With all that vPIC says, as `attrib
     tags=["lookup"],
     summary="Decode a VIN",
     response_model=Vehicle,
-    responses=LOOKUP | SAME,
-    dependencies=[by_key, queried("model_year", "details")],
+    responses=LOOKUP | SAME | UNDECODABLE_OR_NO_PATH,
+    dependencies=[by_key],
 )
 @app.get(
     "/lookup",
@@ -4190,7 +4253,7 @@ Details = Annotated[bool, Query(description="With all that vPIC says, as `attrib
     summary="Decode a VIN",
     response_model=Vehicle,
     responses=LOOKUP | SAME,
-    dependencies=[by_key, queried("vin", "model_year", "details")],
+    dependencies=[by_key],
 )
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
@@ -4211,13 +4274,14 @@ async def lookup_posted(body: LookupBody, request: Request) -> Response:
     return await look_up(request, body.question, body.details)
 
 
-class FileRoute(APIRoute):
+class FileRoute(TaggedRoute):
     """A route for what is not sent as JSON: FastAPI would read it into memory first."""
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if is_json(Headers(scope=scope).get("content-type", "")):
-            return Match.NONE, {}
-        return super().matches(scope)
+    def serves(self, scope: Scope) -> bool:
+        return super().serves(scope) and not is_json(Headers(scope=scope).get("content-type", ""))
+
+    def body_bytes(self, settings: Settings) -> int:
+        return settings.upload_bytes
 
 
 async def received(request: Request) -> AsyncIterator[Fleet]:
@@ -4241,11 +4305,7 @@ async def lookup_file(
 
 
 # Before the route for JSON, which would take all.
-app.routes.append(
-    FileRoute(
-        "/lookup/batch", lookup_file, methods=["POST"], include_in_schema=False, dependencies=[queried("details")]
-    )
-)
+app.routes.append(FileRoute("/lookup/batch", lookup_file, methods=["POST"], tags=["lookup"], include_in_schema=False))
 
 
 async def tell_lines(
@@ -4270,7 +4330,7 @@ async def tell_lines(
     summary="Decode many VINs",
     response_class=StreamingResponse,
     responses=LINES_SENT | KEY | VIN | LIMIT | BODY | UPLOAD,
-    dependencies=[by_key, queried("details")],
+    dependencies=[by_key],
     openapi_extra=BATCH_TAKEN,
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
@@ -4285,16 +4345,10 @@ async def lookup_batch(body: BatchBody, request: Request, details: Details = Fal
     "/remove/{vin}",
     tags=["cache"],
     summary="Forget a VIN",
-    responses=KEY | VIN | UNAVAILABLE,
-    dependencies=[by_key, queried()],
+    responses=KEY | VIN | UNAVAILABLE | NO_PATH,
+    dependencies=[by_key],
 )
-@app.delete(
-    "/remove",
-    tags=["cache"],
-    summary="Forget a VIN",
-    responses=KEY | VIN | UNAVAILABLE,
-    dependencies=[by_key, queried("vin")],
-)
+@app.delete("/remove", tags=["cache"], summary="Forget a VIN", responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key])
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return Removed(vin=vin, cache_delete_success=await request.state.cache.remove(vin))
@@ -4314,9 +4368,9 @@ async def remove_posted(body: RemoveBody, request: Request) -> Removed:
     summary="Download the cache",
     response_class=FileResponse,
     responses=FILE_SENT | KEY | LIMIT | VIN | UNAVAILABLE,
-    dependencies=[by_key, queried("compression", "details")],
+    dependencies=[by_key],
 )
-@app.get("/export.parquet", include_in_schema=False, dependencies=[queried("compression", "details")])
+@app.get("/export.parquet", tags=["export"], include_in_schema=False)
 async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
     """Download the whole cache as one Parquet file: every row, expired and undecodable ones too.
 
@@ -4363,7 +4417,7 @@ async def readyz(request: Request, response: Response) -> Readiness:
     return Readiness(status=status, cache=cache, vpic=request.state.vpic.state)
 
 
-@app.get("/metrics", include_in_schema=False)
+@app.get("/metrics", tags=["metrics"], include_in_schema=False)
 async def scraped(request: Request) -> Response:
     """What Prometheus collects; 404 unless the settings want it."""
     scrape: Scrape | None = request.state.scrape
@@ -4373,7 +4427,7 @@ async def scraped(request: Request) -> Response:
     return Response(body, headers={"Content-Type": content_type})
 
 
-@app.get("/", include_in_schema=False)
+@app.get("/", tags=["docs"], include_in_schema=False)
 async def index() -> RedirectResponse:
     return RedirectResponse("docs")  # relative: under the prefix and behind a proxy, too
 
@@ -4381,26 +4435,30 @@ async def index() -> RedirectResponse:
 def described(doors: Doors, settings: Settings) -> dict[str, Any]:
     """The schema, as it is with these settings: a key only where one is wanted, and the limits' numbers."""
     schema = deepcopy(app.openapi())
-    for path, operations in schema["paths"].items():
-        tag = TAGS.get(path.split("/")[1])
+    for operations in schema["paths"].values():
         for operation in operations.values():
+            tag: Tag = operation["tags"][0]
             responses = operation["responses"]
-            for parameter in operation.get("parameters", ()):  # /docs shows a description only here
+            for parameter in operation.get("parameters", ()):
+                # /docs shows a description only here.
                 parameter.setdefault("description", parameter["schema"].get("description", ""))
-            if tag not in doors.locked:
+                if parameter["in"] == "path":  # of a VIN, where a control character is a 404
+                    pattern = vin_pattern(CONTROL.sub("", EDGES))
+                    parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
+            if tag in doors.open:
                 operation.pop("security", None)
                 responses.pop("401", None)
-            if "429" in responses and (limit := doors.limits.get(cast(Tag, tag))):
+            if "429" in responses and (limit := doors.limits.get(tag)):
                 responses["429"]["description"] = f"More than {limit}; Retry-After says when to ask again"
             else:
                 responses.pop("429", None)
-    if not doors.locked:
+    if not doors.keys:
         del schema["components"]["securitySchemes"]
     schema["components"]["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
     return schema
 
 
-@app.get("/openapi.json", include_in_schema=False)
+@app.get("/openapi.json", tags=["docs"], include_in_schema=False)
 async def openapi(request: Request) -> JSONResponse:
     schema = described(request.state.doors, request.state.settings)
     if root_path := request.scope["root_path"]:
@@ -4408,7 +4466,7 @@ async def openapi(request: Request) -> JSONResponse:
     return JSONResponse(schema)
 
 
-@app.get("/docs", include_in_schema=False)
+@app.get("/docs", tags=["docs"], include_in_schema=False)
 async def docs() -> HTMLResponse:
     """The schema as a page, for people; all addresses in it are relative, and none is another host's."""
     return get_swagger_ui_html(
@@ -4429,17 +4487,9 @@ async def docs() -> HTMLResponse:
 PAGES = StaticFiles(packages=[("fastapi_swagger", "resources")])
 
 
-@app.get("/docs/{file}", include_in_schema=False)
+@app.get("/docs/{file}", tags=["docs"], include_in_schema=False)
 async def docs_file(file: str, request: Request) -> Response:
     return await PAGES.get_response(file, request.scope)
-
-
-# HEAD is there wherever GET is.
-for route in cast(list[Route], app.routes[:]):
-    if route.methods == {"GET"}:
-        head = copy(route)
-        head.methods, head.include_in_schema = {"HEAD"}, False
-        app.routes.append(head)
 
 
 # Now, so that uvicorn's first lines have the form too; a bad setting is told by the lifespan.

@@ -781,6 +781,50 @@ def test_a_typo_in_the_file_is_named_too(tmp_path: Path, monkeypatch: pytest.Mon
         )
 
 
+INJECTED = {
+    "SERVICE_HOST": "10.0.0.1",
+    "SERVICE_PORT": "6379",
+    "SERVICE_PORT_HTTP": "6379",
+    "PORT": "tcp://10.0.0.1:6379",
+    "PORT_6379_TCP": "tcp://10.0.0.1:6379",
+    "PORT_6379_TCP_PROTO": "tcp",
+    "PORT_6379_TCP_PORT": "6379",
+    "PORT_6379_TCP_ADDR": "10.0.0.1",
+    "PORT_53_UDP_ADDR": "fd00::1",
+    "PORT_9_SCTP": "sctp://[fd00::1]:9",
+}
+
+
+@pytest.mark.parametrize("service", ["", "redis_", "export_limit_", "a_port_service_"])
+def test_what_a_cluster_injects_is_no_typo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: str) -> None:
+    """Kubernetes tells each container of all services, also of those whose names begin with vincache."""
+    monkeypatch.chdir(tmp_path)
+    with environment(**{service + name: value for name, value in INJECTED.items()}):
+        assert main.read_settings().log == "text"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("EXPORT_LIMT", "1/minute"),
+        ("API_KEYS", "crown"),
+        ("EXPORT", "tcp://10.0.0.1:80"),
+        ("REDIS_PORT", "6379"),
+        ("PORT", "8000"),
+        ("PORT_HTTP", "80"),
+        ("REDIS_PORT_6379", "tcp://10.0.0.1:6379"),
+        ("SERVICE_HOSTS", "10.0.0.1"),
+    ],
+)
+def test_what_looks_like_injected_is_a_typo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Neither the end of a name nor an address as the value is enough by itself."""
+    monkeypatch.chdir(tmp_path)
+    with environment(**{name: value}), pytest.raises(main.StartupError, match=f"VINCACHE_{name} is no setting"):
+        main.read_settings()
+
+
 def test_a_file_in_another_encoding_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As some editors save it, nothing of it could be read."""
     monkeypatch.chdir(tmp_path)
@@ -901,14 +945,51 @@ async def test_unknown_parameters_and_keys_are_refused(
     assert vpic.calls == []
 
 
+TAKES_ANYTHING = {"/", "/docs", "/docs/{file}", "/openapi.json", "/healthz", "/readyz", "/metrics"}
+
+
+async def test_every_route_refuses_parameters_that_it_does_not_have(service: Service, vpic: PlayedVpic) -> None:
+    """Whatever else is right or wrong, but for health, documentation and metrics; a body's keys are no parameters."""
+    refused = 0
+    for route in main.app.routes:
+        path = route.path.format(vin=TRUCK, file="swagger-ui.css")
+        if isinstance(route, main.FileRoute):
+            sent: dict[str, Any] = {"data": TRUCK, "headers": {"Content-Type": "text/plain"}}
+        elif "POST" in route.methods:
+            sent = {"json": {"vins": [TRUCK]} if path == "/lookup/batch" else {"vin": TRUCK}}
+        else:
+            sent = {}
+        for method in route.methods:
+            for prefix in PREFIXES:
+                status, body, _ = await service.ask(method, f"{prefix}{path}?surely=1", **sent)
+                assert (status == 422) == (route.path not in TAKES_ANYTHING), (method, path)
+                if status == 422 and method != "HEAD":
+                    assert body["detail"][0]["msg"] == "Unknown parameter: 'surely'"
+                    refused += 1
+    assert refused >= 20
+    for path, body, told in (
+        ("/lookup?model_year=1994&details=true", {"vin": TRUCK}, "Unknown parameter: 'model_year', 'details'"),
+        ("/remove?x=1", {"vin": TRUCK}, "Unknown parameter: 'x'"),
+        ("/lookup/batch?details=true&details=true", {"vins": [TRUCK]}, "Give details only once"),
+    ):
+        status, got = await service.post(path, body)
+        assert (status, got["detail"][0]["msg"]) == (422, told)
+    assert (vpic.calls, service.rows()) == ([], [])
+
+
+NOT_FOUND = {"detail": "Not Found"}
+
+
 @pytest.mark.parametrize(("vin", "told"), BAD_VINS.values(), ids=BAD_VINS)
 async def test_what_is_no_vin_is_422_in_one_shape(service: Service, vpic: PlayedVpic, vin: str, told: str) -> None:
-    """All forms under both prefixes tell the cause in the same words; nothing is echoed, asked for or stored."""
+    """All forms under both prefixes tell the cause in the same words, but that a path with a control character is
+    none; nothing is echoed, asked for or stored."""
     for form in WAYS_IN:
         for prefix in PREFIXES:
             status, body, _ = await service.send(form, vin, prefix)
             fault = {"type": "vin", "loc": [form[2], "vin"], "msg": told}
-            assert (status, body) == (422, {"detail": [fault]}), (form, prefix)
+            no_path = form[2] == "path" and main.CONTROL.search(vin)
+            assert (status, body) == ((404, NOT_FOUND) if no_path else (422, {"detail": [fault]})), (form, prefix)
     assert (vpic.calls, service.rows()) == ([], [])
 
 
@@ -936,17 +1017,23 @@ async def test_what_is_no_vin_is_422_in_one_shape(service: Service, vpic: Played
     ],
 )
 async def test_ways_to_write_one_vin_share_one_row(service: Service, vpic: PlayedVpic, written: str) -> None:
-    """Case, and what padding, copying and spreadsheets leave around a VIN, make no difference, in any form."""
+    """Case, and what padding, copying and spreadsheets leave around a VIN, make no difference, in any form; only that a
+    path has no control characters."""
+    no_path = main.CONTROL.search(written) is not None
     for form in LOOKUPS:
         for prefix in PREFIXES:
             status, body, _ = await service.send(form, written, prefix)
-            assert (status, body["vin"]) == (200, TRUCK)
+            if no_path and form[2] == "path":
+                assert (status, body) == (404, NOT_FOUND)
+            else:
+                assert (status, body["vin"]) == (200, TRUCK)
     assert vpic.calls == [[TRUCK]]
     assert [row["vin"] for row in service.rows()] == [TRUCK]
     for form in REMOVALS:
         await service.lookup(TRUCK)
         status, body, _ = await service.send(form, written)
-        assert (status, body) == (200, {"vin": TRUCK, "cache_delete_success": True})
+        removed = (200, {"vin": TRUCK, "cache_delete_success": True})
+        assert (status, body) == ((404, NOT_FOUND) if no_path and form[2] == "path" else removed)
 
 
 @pytest.mark.parametrize(
@@ -1064,7 +1151,7 @@ async def test_log_is_one_line_an_event(launch: Launch, vpic: PlayedVpic, form: 
 
         assert await status("GET", f"/lookup/{TRUCK}") == 200
         vpic.fault = refuses(403)
-        assert await status("GET", f"/lookup/{OTHER_TRUCK}%0d%0aFAKE") == 422
+        assert await status("GET", f"/lookup/{OTHER_TRUCK}%0d%0aFAKE") == 404
         assert await status("GET", f"/lookup/{OTHER_TRUCK}") == 503
         assert await status("DELETE", f"/remove/{OTHER_TRUCK}", "jewel") == 401
         sql(process.database, BEYOND_TIME)
@@ -1282,16 +1369,21 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
         process = await launch().started()
-        for _ in range(3):
-            await ask(f"{process.url}/lookup/{TRUCK}")
+        for path in (f"/lookup/{TRUCK}", f"/lookup/{TRUCK}", f"/api/v1/lookup/{TRUCK}", f"/lookup?vin={TRUCK}"):
+            await ask(f"{process.url}{path}")
         process.signal(signal.SIGTERM)  # what is left goes out at the end
         await process.ended()
     assert b"/lookup/{vin}" in received["/v1/traces"]
-    # Hits are seen too, though they never reach a route.
+    # Hits are seen too, and of which route they are, though they never reach it.
     traces = ExportTraceServiceRequest.FromString(received["/v1/traces"])
     spans = [span for resource in traces.resource_spans for scope in resource.scope_spans for span in scope.spans]
-    paths = [value.value.string_value for span in spans for value in span.attributes if value.key == "url.path"]
-    assert paths.count(f"/lookup/{TRUCK}") == 3
+    told = [{value.key: value.value.string_value for value in span.attributes} | {"name": span.name} for span in spans]
+    paths = {"/lookup": 1, f"/lookup/{TRUCK}": 2, f"/api/v1/lookup/{TRUCK}": 1}
+    assert Counter(span["url.path"] for span in told if "/lookup" in span.get("url.path", "")) == paths
+    for span in told:
+        if "/lookup" in span.get("url.path", ""):
+            route = "/lookup" if span["url.path"] == "/lookup" else "/lookup/{vin}"
+            assert (span["http.route"], span["name"]) == (route, f"GET {route}")
     for name in (
         b"vincache.lookups",
         b"vincache.store.duration",
@@ -1317,11 +1409,13 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
         r'vincache_lookups_total\{.*outcome="hit".*\} 1\.0',
         r'vincache_vpic_duration_seconds_count\{.*outcome="ok".*\} 1\.0',
         r"vincache_vpic_breaker\{.*\} 0\.0",
-        r'http_server_request_duration_seconds_count\{.*http_route="/lookup".*\} ',
+        r'http_server_request_duration_seconds_count\{.*http_route="/lookup".*\} 2\.0',  # one is a hit
+        r'http_server_request_duration_seconds_count\{.*status_code="401".*http_route="/metrics".*\} 1\.0',
     ):
         assert re.search(pattern, told), pattern
     assert 0.25 < quantile(told, "vincache_vpic_duration_seconds", 0.99) < 3
     assert 0 < quantile(told, "vincache_store_duration_seconds", 0.5) < 0.5
+    assert 'http_route=""' not in told
     async with without.serving(vpic) as service:
         assert (await service.get("/metrics"))[0] == 404
 
@@ -4044,7 +4138,7 @@ async def test_the_model_year_asked_for_is_honoured(service: Service, vpic: Play
     assert [row["model_year_asked"] for row in service.rows()] == ["", "1994"]
 
 
-@pytest.mark.parametrize("year", ["1979", "2099", "94", "x", " 19 94", "\uff11994", "-1994", "1e3", "19940"])
+@pytest.mark.parametrize("year", ["1979", "2099", "94", "x", " 19 94", "\uff11994", "-1994", "1e3", "19940", "02014"])
 @pytest.mark.parametrize("form", YEAR_FORMS)
 async def test_what_is_no_model_year_is_422(service: Service, vpic: PlayedVpic, form: str, year: str) -> None:
     """In a batch in its own line, everywhere else as a whole; nothing is asked."""
@@ -4054,6 +4148,39 @@ async def test_what_is_no_model_year_is_422(service: Service, vpic: PlayedVpic, 
     told = body["detail"] if form == "batch" else body["detail"][0]["msg"]
     assert (status, told) == (422, f"A model year is a number from 1980 to {datetime.now(UTC).year + 2}")
     assert vpic.calls == []
+
+
+def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
+    """Four digits of the range, or nothing, whatever is given in whatever type; and each year of it is accepted."""
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    years = some.integers(1900, 2100)
+    text, number = main.Asked.model_json_schema()["properties"]["model_year"]["anyOf"]
+    known = {*text["enum"]}
+    assert known - {""} == {str(year) for year in range(number["minimum"], number["maximum"] + 1)}
+    for year in known - {""}:
+        for given in (year, int(year), float(year), f" {year}\n"):
+            assert main.normalize_model_year(given) == year
+
+    @hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=1000)
+    @hypothesis.given(
+        some.one_of(
+            some.builds("{}{}{}".format, some.text("0 -+_.\t", max_size=5), years, some.text("0 _.\n5", max_size=5)),
+            some.text("0123456789\u0661\uff11\u00b2", max_size=8),
+            some.text(),
+            some.integers(),
+            years.map(float),
+            some.floats(),
+            some.booleans(),
+            some.none(),
+            some.lists(years.map(str), max_size=2),
+        )
+    )
+    def check(given: object) -> None:
+        with suppress(main.PydanticCustomError):
+            assert main.normalize_model_year(given) in known
+
+    check()
 
 
 async def test_two_years_of_one_vin_at_the_same_time_are_two_flights(start: Start, vpic: PlayedVpic) -> None:
@@ -6010,7 +6137,22 @@ async def shout(port: int, *pieces: bytes) -> tuple[int, bytes, bytes]:
         writer.transport.abort()
 
 
+async def statuses(port: int, requests: Sequence[bytes]) -> list[int]:
+    """The statuses of requests that are sent one behind the other on one connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(b"".join(requests) + b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answers = await asyncio.wait_for(reader.read(), 60)
+    finally:
+        writer.transport.abort()
+    *told, last = map(int, re.findall(rb"HTTP/1\.1 (\d+) ", answers))
+    assert (len(told), last) == (len(requests), 200)
+    return told
+
+
 # -- The key -----------------------------------------------------------------------------------------------------------
+
+NO_KEY = {"detail": "This needs a valid key in the header X-API-Key."}
 
 GUARDED = [*REMOVALS, ("GET", "/export", ""), ("GET", "/export.parquet", "")]
 WRONG_KEYS = ["", "wrong", "old,new", "ol", "oldnew", "ÖLD", "old\u00a0", "OLD"]
@@ -6024,7 +6166,7 @@ async def test_remove_and_export_want_a_key(start: Start, form: Form) -> None:
         for prefix in PREFIXES:
             for headers in [{}, *({"X-API-Key": key} for key in WRONG_KEYS), {"Authorization": "old"}]:
                 status, body, got = await service.send(form, TRUCK, prefix, headers=headers)
-                assert (status, body, got["WWW-Authenticate"]) == (401, {"detail": "Not authenticated"}, "APIKey")
+                assert (status, body, got["WWW-Authenticate"]) == (401, NO_KEY, "APIKey")
         assert len(service.rows()) == 1
         for key in ("old", "new"):
             for prefix in PREFIXES:
@@ -6038,7 +6180,7 @@ async def test_key_of_any_bytes(start: Start) -> None:
         assert (await shout(service.port, request % "schlüssel".encode()))[0] == 200
         for key in ("schlüssel".encode("latin-1"), b"\xff\xfe\x80", b"schl\xc3"):
             status, head, body = await shout(service.port, request % key)
-            assert (status, json.loads(body)) == (401, {"detail": "Not authenticated"})
+            assert (status, json.loads(body)) == (401, NO_KEY)
             assert b"www-authenticate: APIKey" in head
 
 
@@ -6058,6 +6200,74 @@ async def test_private_service_wants_the_key_for_lookups_too(start: Start, vpic:
             assert (await service.post(f"{prefix}/lookup/batch", {"vins": [TRUCK]}, **key))[0] == 200
         for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
             assert (await service.get(path))[0] == 200
+
+
+ONE = json.dumps({"vin": TRUCK})
+# Every request that wants a key where all is locked: the method, the path, the query and the body.
+LOCKED = [
+    ("GET", "/lookup", f"?vin={TRUCK}", ""),
+    ("GET", f"/lookup/{TRUCK}", "", ""),
+    ("POST", "/lookup", "", ONE),
+    ("POST", "/lookup/batch", "", json.dumps({"vins": [TRUCK]})),
+    ("DELETE", "/remove", f"?vin={TRUCK}", ""),
+    ("DELETE", f"/remove/{TRUCK}", "", ""),
+    ("POST", "/remove", "", ONE),
+    ("GET", "/export", "", ""),
+    ("GET", "/export.parquet", "", ""),
+    ("GET", "/metrics", "", ""),
+]
+ODD_PATHS = ["%C2%85", "%E2%80%A8", "%E2%80%A9", "%EF%BB%BF", "%C0%8A", "%0D%0A", "%250A", "%00.", ";", "/..", "/."]
+CONTROLS = [f"%{byte:02X}" for byte in [*range(0x20), 0x7F]] + ["%C2%85", "%E2%80%A8", "%E2%80%A9", "%0D%0A", "%00."]
+
+
+async def test_no_byte_in_a_path_opens_a_door(launch: Launch) -> None:
+    """Whatever stands before, inside or behind the words of a path: without the key none is answered, and with it none
+    without being counted. With a control character a path is none."""
+    pytest.importorskip("opentelemetry.exporter.prometheus")
+    locked = {"api_key": "k", "private": True, "metrics": True, "vpic_url": ""}
+    process = await launch("--no-access-log", lookup_limit="10/minute", export_limit="3/minute", **locked).started()
+
+    def request(method: str, path: str, body: str, head: str) -> bytes:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+        return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n{body}".encode()
+
+    key = "X-API-Key: k\r\n"
+    for prefix in PREFIXES:
+        plain = [(method, prefix + path + query, body) for method, path, query, body in LOCKED]
+        assert await statuses(process.port, [request(*it, "") for it in plain]) == [401] * len(plain)
+        if not prefix:  # then the limits are used up
+            assert await statuses(process.port, [request(*it, key) for it in plain]) == [200] * len(plain)
+            await statuses(process.port, [request(*plain[number], key) for number in [0] * 10 + [7] * 3])
+    assert process.log.read_text().count(" ERROR ") == 0
+
+    added = [f"%{byte:02X}" for byte in range(256)] + ODD_PATHS
+    for prefix in PREFIXES:
+        for method, path, query, body in LOCKED:
+            joint = path.rindex("/")
+            for place in sorted({0, 1, 4, joint, joint + 1, len(path)}):
+                if (prefix, place) == ("", 0):
+                    continue  # an address begins with a slash
+                paths = [f"{prefix}{path[:place]}{some}{path[place:]}{query}" for some in added]
+                told = await statuses(process.port, [request(method, it, body, "") for it in paths])
+                assert {*told} <= {401, 404}, (method, prefix, path, place)
+                assert {told[added.index(some)] for some in CONTROLS} == {404}, (method, prefix, path, place)
+                if path.startswith(("/lookup", "/export")):
+                    told = await statuses(process.port, [request(method, it, body, key) for it in paths])
+                    assert {*told} <= {429, 404}, (method, prefix, path, place)
+
+
+async def test_what_is_not_expressly_open_is_locked(start: Start) -> None:
+    """By the tag of the route, for all routes that there are: without the key each is 401 but for the open ones. None
+    can be added without a tag."""
+    async with start(api_key="k", private=True) as service:
+        for route in main.app.routes:
+            for method in route.methods:
+                path = route.path.format(vin=TRUCK, file="swagger-ui.css")
+                status, _, _ = await service.ask(method, path, allow_redirects=False)
+                assert (status != 401) == (route.path in TAKES_ANYTHING - {"/metrics"}), (method, path)
+    with pytest.raises(ValueError, match="not enough values"):
+        main.TaggedRoute("/new", main.healthz)
+    assert main.TaggedRoute("/new", main.healthz, tags=["new"]).tag not in main.OPEN
 
 
 async def test_service_without_a_key_is_open_and_says_so_once(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -6426,7 +6636,7 @@ async def test_large_body_is_401_for_who_has_no_key(start: Start) -> None:
     async with start(api_key="k") as service:
         head = b"POST /remove HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
         status, _, body = await shout(service.port, head)
-    assert (status, json.loads(body)) == (401, {"detail": "Not authenticated"})
+    assert (status, json.loads(body)) == (401, NO_KEY)
 
 
 async def test_largest_batch_is_not_too_large(start: Start) -> None:
@@ -6481,7 +6691,7 @@ async def test_many_faults_are_one_answer(launch: Launch, sent: bytes, told: str
 @pytest.mark.parametrize("prefix", ["/api/v1/api/v1", "/api/v1" * 1000])
 async def test_the_prefix_counts_once(service: Service, prefix: str) -> None:
     """However often it stands there, the rest is a path that does not exist."""
-    assert await service.get(f"{prefix}/healthz") == (404, {"detail": "Not Found"})
+    assert await service.get(f"{prefix}/healthz") == (404, NOT_FOUND)
 
 
 @NEEDS_PROC
@@ -7131,7 +7341,7 @@ async def test_docs_remember_the_key(launch: Launch, vpic: PlayedVpic, tmp_path:
         for path in ("/decoder/docs", "/decoder/api/v1/docs"):
             await page.open(url + path)
             if path == "/decoder/docs":
-                await page.execute(await page.unfold("delete", "/remove/{vin}"), "Not authenticated")
+                await page.execute(await page.unfold("delete", "/remove/{vin}"), "This needs a valid key")
                 await page.run("document.querySelector('.btn.authorize').click()")
                 await page.until("document.querySelector('.auth-container input')")
                 await page.run("type(document.querySelector('.auth-container input'), 'k')")
