@@ -2927,7 +2927,8 @@ class Lookups:
             await self._ask_and_store(call)
         finally:
             for ticket in call.tickets:
-                if ticket.state is TicketState.CALLED:
+                # One that was put back may be in another call by now.
+                if ticket.state is TicketState.CALLED and ticket.task is asyncio.current_task():
                     self._end(ticket, ticket.found or bug_failure())
 
     async def _ask_and_store(self, call: Call) -> None:
