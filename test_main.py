@@ -4884,7 +4884,7 @@ class Simulation:
                     yield [row]
                     await asyncio.sleep(pause)
                 return
-            async for window in main.in_windows(fleet.rows() if fleet else iter(rows), fleet is not None, kept):
+            async for window in main.in_windows(fleet.rows() if fleet else iter(rows), fleet, kept):
                 asked.extend(self._ask(main.ask(row.vin, str(row.model_year)), details, True) for row in window)
                 yield window
 
