@@ -2603,6 +2603,16 @@ class Scheduler:
         for waiter in ticket.waiters:
             waiter.queue.add(ticket, first)
 
+    def hand_over(self, ticket: Ticket, other: Ticket) -> None:
+        """Let all who wait for a ticket wait for another one of the same question."""
+        for waiter in ticket.waiters:
+            waiter.ticket = other
+            other.waiters[waiter] = None
+            if other.state is TicketState.WAITING:
+                waiter.queue.add(other)
+        other.details |= ticket.details
+        ticket.waiters = {}
+
     def waiters(self, queues: Iterable[Queue]) -> list[Waiter]:
         """Everybody who waits in these queues."""
         return [waiter for queue in queues for ticket in queue for waiter in ticket.waiters if waiter.queue is queue]
@@ -2922,7 +2932,7 @@ class Lookups:
         for ticket in reversed(tickets):  # the first one is put back last, so it is the first again
             if failure.maybe_vin and shared and ticket.waiters:  # another VIN may be why
                 ticket.alone = True
-                self._scheduler.put_back(ticket, first=True)
+                self._wait_again(ticket, first=True)
                 continue
             left_alone = not self._vpic.breaker.closed
             if left_alone:  # vPIC fails, whatever it is asked
@@ -2935,11 +2945,20 @@ class Lookups:
                     self._leave(waiter)
                     refused.append(waiter)
             if ticket.waiters:
-                self._scheduler.put_back(ticket, first=left_alone)
+                self._wait_again(ticket, first=left_alone)
             else:
                 self._end(ticket)
         self._wake()
         return refused
+
+    def _wait_again(self, ticket: Ticket, first: bool) -> None:
+        """Let a ticket that was called wait again; if there is a newer one of its question, its waiters go there."""
+        newer = self._tickets.setdefault(ticket.question, ticket)
+        if newer is ticket:
+            self._scheduler.put_back(ticket, first)
+        else:
+            self._scheduler.hand_over(ticket, newer)
+            self._end(ticket)
 
     async def _store(self, records: list[tuple[Record, int | None]]) -> None:
         if not self._settings.attributes:
