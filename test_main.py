@@ -4900,8 +4900,13 @@ class Simulation:
                 names = names or [name.removeprefix("decoded_") for name in values.pop(0)]
                 yield [dict(zip(names, line, strict=True)) for line in values]
 
+        async def has_left() -> bool:
+            return False
+
         async def work(caller: Caller) -> None:
             count = 0
+            if fleet:
+                await fleet.read_through(has_left)
             async for lines in told():
                 for line in lines:
                     count += 1
