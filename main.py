@@ -2511,6 +2511,7 @@ class Ticket:
         self.details = details  # a waiter wants the attributes: a row without them is no answer
         self.state = TicketState.WAITING
         self.waiters: dict[Waiter, None] = {}  # a dict, because it keeps their order
+        self.task: asyncio.Task[None] | None = None  # of the last call that it went into
         self.removal: int | None = NOT_READ  # the last removal of the VIN, read just before vPIC is asked
         self.removal_read = asyncio.Event()  # that was done, or the call is over
         self.found: Found | None = None  # vPIC's answer, while it is being stored
@@ -2856,6 +2857,8 @@ class Lookups:
         """Do it in a task of its own: no waiter that leaves can cancel it."""
         task = asyncio.create_task(work)
         self._tasks[task] = [*tickets]
+        for ticket in tickets:
+            ticket.task = task
         task.add_done_callback(self._ran)
 
     def _ran(self, task: asyncio.Task[None]) -> None:
@@ -2869,7 +2872,8 @@ class Lookups:
             await self._ask_and_store(call)
         finally:
             for ticket in call.tickets:
-                if ticket.state is TicketState.CALLED:
+                # One that was put back may be in another call by now.
+                if ticket.state is TicketState.CALLED and ticket.task is asyncio.current_task():
                     self._end(ticket, ticket.found or BROKEN)
 
     async def _ask_and_store(self, call: Call) -> None:
