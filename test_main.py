@@ -2184,8 +2184,9 @@ async def test_rows_come_back_as_they_were_stored(database: Database) -> None:
                 line, outcome = lines[row.question]
                 assert (json.loads(line), outcome) == (json.loads(row.line("hit", details)), "hit")
         assert await asyncio.gather(*map(cache.hit, questions)) == [*(await cache.answers(questions)).values()]
-        await cache.store([(record(year="1994"), None)])
-        assert (await cache.records([asked.question]))[0] == {asked.question: record(year="1994")}
+        again = record(year="1994")
+        await cache.store([(again, None)])
+        assert (await cache.records([asked.question]))[0] == {asked.question: again}
 
 
 @BOTH
