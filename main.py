@@ -39,6 +39,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import sqlite3
 import stat
@@ -3552,7 +3553,8 @@ async def as_csv(
 
 # ======================================================================================================================
 # Export: the whole table as one Parquet file. It is built by a process of its own, so that no lookup waits for it: it
-# would hold Python's lock, and its SQLite driver brings a second SQLite, which must not share a process with ours.
+# would hold Python's lock, and its SQLite driver brings a second SQLite, which must not share a process with ours. The
+# file lies where uploads do; slow readers may hold many, which together leave half of the disk's room to the database.
 # ======================================================================================================================
 
 VERSION = "1.0.0"  # of this service; each export tells it
@@ -3653,19 +3655,30 @@ class Kind(NamedTuple):
 
 
 class Snapshot:
-    """A Parquet file in memory; where the system has no such thing, a temporary file. `path` leads to it for as long as
-    somebody has hold of this object."""
+    """A Parquet file, written once and read by many. `path` leads to it for as long as somebody has hold of this
+    object; it has no name where the system has another way to open it again."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.taken, self.age_began = time.time(), time.monotonic()
         self.etag = f'"{secrets.token_hex(16)}"'
-        if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
-            self.file = os.memfd_create("export")
+        self.size = 0
+        self.file, self.path = tempfile.mkstemp(".parquet", "vincache-", folder)
+        self._folder = folder
+        if os.path.exists("/proc/self/fd"):
+            os.unlink(self.path)
             self.path = f"/proc/self/fd/{self.file}"
         else:
-            self.file, self.path = tempfile.mkstemp(".parquet", "vincache-")
             weakref.finalize(self, os.unlink, self.path)
         weakref.finalize(self, os.close, self.file)  # the last one runs first
+
+    def write(self, piece: bytes, others: int) -> None:
+        """Raises OSError where there is no room, also if this one and the bytes of the others would take more than half
+        of what is free without them: the database needs the same disk."""
+        if self.size + others + len(piece) > shutil.disk_usage(self._folder).free:
+            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
+        self.size += len(piece)
+        while piece:
+            piece = piece[os.write(self.file, piece) :]
 
     def is_older_than(self, seconds: float) -> bool:
         return time.monotonic() > self.age_began + seconds
@@ -3676,8 +3689,10 @@ class Exporter:
 
     Of each kind one snapshot is kept for a while, so that all who read it by pieces find the same file."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, folder: Path) -> None:
         self._cache = cache
+        self._folder = folder  # for the files
+        self._alive = weakref.WeakSet[Snapshot]()
         self._process: asyncio.subprocess.Process | None = None
         self._building = asyncio.Lock()
         self._builds: set[asyncio.Task[Snapshot]] = set()
@@ -3744,13 +3759,15 @@ class Exporter:
                 return await self._build(kind)
             except (OSError, EOFError, NotImplementedError, StoreFault, sqlite3.DatabaseError) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
-                if not isinstance(
-                    error, StoreFault | sqlite3.DatabaseError
-                ):  # of the process nothing more can be expected
-                    await self._stop()
+                failure = ExportFailed("The export could not be built; ask again.")
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    said = f"The export cannot be kept ({reason(error)}); ask again later."
+                    failure = ExportFailed(said, retry_after=60)
+                if not isinstance(error, StoreFault | sqlite3.DatabaseError):
+                    await self._stop()  # of the process nothing more can be expected
                 elif "malformed" in str(error) or "not a database" in str(error):
                     await self._cache.report_damage(str(error))
-                raise ExportFailed("The export could not be built; ask again.") from None
+            raise failure  # outside of the except: it would keep the error, whose frames keep the file open
 
     async def _build(self, kind: Kind) -> Snapshot:
         """The file, as the exporting process writes it.
@@ -3769,7 +3786,8 @@ class Exporter:
             )
         orders = cast(asyncio.StreamWriter, self._process.stdin)
         frames = cast(asyncio.StreamReader, self._process.stdout)
-        snapshot = Snapshot()  # now: all that was stored before will be in it
+        snapshot = Snapshot(self._folder)  # now: all that was stored before will be in it
+        self._alive.add(snapshot)
         async with self._cache.open_copy() as database:
             order = {
                 "database": database,
@@ -3785,7 +3803,9 @@ class Exporter:
             }
             orders.write(f"{json.dumps(order)}\n".encode())
             while piece := await self._receive(frames):
-                os.write(snapshot.file, piece)
+                others = sum(other.size for other in self._alive if other is not snapshot)
+                async with asyncio.timeout(EXPORT_SILENCE):  # a disk may hang
+                    await asyncio.to_thread(snapshot.write, piece, others)
             if fault := await self._receive(frames):
                 raise sqlite3.DatabaseError(fault.decode())
             return snapshot
@@ -3933,7 +3953,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
-            Exporter(cache) as exporter,
+            Exporter(cache, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
         ):
             doors = Doors(settings, rates)

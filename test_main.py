@@ -2292,8 +2292,9 @@ async def test_rows_come_back_as_they_were_stored(database: Database) -> None:
                 assert (outcome, [*json.loads(str(line)).items()]) == ("hit", pairs)
                 assert values[row.question] == ("hit", row.line("hit", forms[1]))
         assert await asyncio.gather(*map(cache.hit, questions)) == [*(await cache.answers(questions)).values()]
-        await cache.store([(record(year="1994"), None)])
-        assert (await cache.records([asked.question]))[0] == {asked.question: record(year="1994")}
+        again = record(year="1994")
+        await cache.store([(again, None)])
+        assert (await cache.records([asked.question]))[0] == {asked.question: again}
 
 
 @BOTH
@@ -5795,11 +5796,11 @@ async def read_export(service: Service) -> pd.DataFrame:
 
 
 def exports_held() -> int:
-    """How many exports lie in this process's memory."""
+    """How many exports this process has open, which have no names."""
     held = set()
     for file in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
-            if "memfd:export" in os.readlink(file):
+            if os.readlink(file).endswith(".parquet (deleted)"):
                 held.add(file.stat().st_ino)
     return len(held)
 
@@ -5891,7 +5892,7 @@ async def test_a_killed_exporting_process_costs_no_more_than_its_export(start: S
             assert len(await read_export(service)) == 100_000
         [pid] = exporting(here)
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: not Path(f"/proc/{pid}").exists())
+        await until(lambda: service.state["exporter"]._process.returncode is not None)
         assert len(await read_export(service)) == 100_000  # nobody was waiting for the one that died
     assert exporting(here) == []
 
@@ -6014,12 +6015,39 @@ async def test_a_snapshot_that_nobody_reads_is_given_back(start: Start, monkeypa
         assert (await service.ask("HEAD", kinds[1]))[0] == 200
 
 
-async def test_without_memory_files_exports_are_temporary_ones(
+async def test_exports_together_take_half_of_the_room_on_the_disk(
+    start: Start, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond it an export is a 503 that says when, the cache is written as ever, and there is room again when nobody
+    reads."""
+    if not disk.is_mount():
+        pytest.skip("may not mount a small disk")
+    forget_others()
+    fill(disk / "cache.db", 200, 500)
+    async with start(database=disk / "cache.db", export_limit="", vpic_url="") as service:
+        size = int((await service.ask("HEAD", "/export?compression=none"))[2]["Content-Length"])
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 3 * size // 2))
+        for method in ("HEAD", "GET"):
+            status, body, headers = await service.ask(method, "/export?compression=none&details=true")
+            assert (status, headers["Retry-After"]) == (503, "60")
+        assert "take up the room" in body["detail"]
+        assert shutil.disk_usage(disk).free > size
+        for told in (False, True):
+            assert await service.were_cached(trucks(20)) == [told] * 20
+        assert (await service.get("/readyz"))[0] == 200
+        assert (await service.get("/export?compression=none"))[0] == 503
+        monkeypatch.setattr(main, "SNAPSHOT_KEPT", 0.1)
+        assert (await service.ask("HEAD", "/export?compression=none"))[0] == 200
+        await until(lambda: exports_held() == 0)
+        assert (await service.get("/export?compression=none&details=true"))[0] == 200
+
+
+async def test_where_files_need_names_exports_are_temporary_ones(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A system that knows no memfd exports all the same, and is left nothing of it."""
-    monkeypatch.delattr(os, "memfd_create")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    """A system without /proc exports all the same, and is left nothing of it."""
+    exists = os.path.exists
+    monkeypatch.setattr("os.path.exists", lambda path: path != "/proc/self/fd" and exists(path))
     async with start(vpic_url="") as service:
         assert (await read_export(service)).empty
         assert (await service.ask("HEAD", "/export"))[0] == 200
@@ -6127,7 +6155,10 @@ async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path)
     fill(tmp_path / "cache.db", 10_000, 200)
     kind = main.Kind("zstd", details=False)
     # Without the service, whose sweeping may find the damage first.
-    async with main.FileStore(tmp_path / "cache.db", 2) as store, main.Exporter(main.Cache(store, 0)) as exporter:
+    async with (
+        main.FileStore(tmp_path / "cache.db", 2) as store,
+        main.Exporter(main.Cache(store, 0), tmp_path) as exporter,
+    ):
         overwrite(NOISE, 2**18)(tmp_path / "cache.db")
         with pytest.raises(main.ExportFailed, match="ask again"):
             await exporter.new(kind)
