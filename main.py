@@ -1176,16 +1176,15 @@ class Rates:
 
 
 # ======================================================================================================================
-# Cache: all the SQL there is. `Cache` has the statements, a store carries them out: `FileStore` on one SQLite file, of
-# which one connection reads and another writes, so that a blocked write holds up no hit; `ClusterStore` on an rqlite
-# cluster. The cache is disposable, the service is not: whatever happens to the store costs warmth, never an answer.
+# Statements: all the SQL there is. It is the same for a file and for a cluster.
 # ======================================================================================================================
+
 
 SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text("utf-8")
-# What stands between these is one transaction.
+# What stands between BEGIN and COMMIT is one transaction.
 PRAGMAS, BEGIN, TABLES = SCHEMA.partition("BEGIN IMMEDIATE;")
 TABLES, COMMIT, _ = TABLES.partition("COMMIT;")
 
@@ -1195,8 +1194,8 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-# By the schema that a database has, what goes before and behind the tables of schema.sql, in their transaction: a
-# process killed in the midst of it leaves the database as it was.
+# By the schema that a database has: what is executed before the tables of schema.sql are made, and after that. All is one
+# transaction, so that a process that is killed in the middle of it leaves the database as it was.
 MIGRATE = {
     0: ("DROP TABLE IF EXISTS vehicles", ""),
     1: (
@@ -1211,7 +1210,7 @@ MIGRATE = {
     ),
 }
 
-# Of those who upgrade a cluster at the same time, this fails all but the first.
+# Fails the transaction if another node has upgraded the database since its version was read.
 GUARD = """
 CREATE TABLE guard (found INTEGER, expected INTEGER, CHECK (found = expected));
 INSERT INTO guard SELECT user_version, %d FROM pragma_user_version;
@@ -1282,13 +1281,14 @@ LEFT JOIN attributes
 """  # noqa: S608 - our own column names
 
 SNAPSHOT = f"SELECT {', '.join(COLUMNS)} FROM vehicles"  # noqa: S608 - as above
-# Not NULL where none are kept: the exporting driver guesses types from the first rows, and a NULL says nothing.
+# An empty text in place of NULL, because the driver of the export guesses types from the first rows.
 SNAPSHOT_WITH_DETAILS = f"""
 SELECT {", ".join(COLUMNS)}, coalesce(attributes, '') AS attributes FROM records
 """  # noqa: S608 - as above
 
-# Any number of records at once: the columns, then the attributes, then the removal that was known when the fetching
-# began. What was decoded offline never replaces vPIC's word, and what was removed meanwhile is not put back.
+# Stores any number of records. Each comes with the last removal of its VIN that was known before vPIC was asked: if
+# there is another one by now, the record is not stored, because its VIN was removed meanwhile. A record that was decoded
+# offline never replaces one of vPIC's.
 STORE = f"""
 INSERT INTO records ({", ".join(Record._fields)})
 SELECT {", ".join(f"value ->> {index}" for index in range(len(Record._fields)))}
@@ -1303,8 +1303,8 @@ UPDATE vehicles SET expires_at = max(expires_at, ?)
 WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
 """
 
-# A removal is remembered for as long as a fetching that began before it may last. It always differs from the one before
-# it, however the clocks of several machines go, and also if it is carried out once more, later.
+# `removed_at` strictly grows for each VIN, so that a call to vPIC that began earlier can always be told apart, whatever
+# the clocks of several machines say, and also if the statement is carried out twice.
 REMOVAL = """
 INSERT INTO removals (vin, removed_at) VALUES (?, ?)
 ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.removed_at)
@@ -1312,37 +1312,43 @@ ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.remove
 REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
 REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
-REMOVALS_KEPT = 3600  # seconds
+REMOVALS_KEPT_S = 3600  # longer than any call to vPIC that began before the removal
 
 CLOCK = "SELECT unixepoch()"
-CLOCK_TOLERANCE = 60  # seconds that a machine's clock may differ from the store's without a warning
+CLOCK_TOLERANCE_S = 60  # by which a machine's clock may differ from the store's without a warning
 
 # The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
-BITE = """
+COUNT_EXPIRED = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
 FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
 """
-SWEEP = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
+DELETE_EXPIRED = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 
-# More than a page, really written: it finds a locked file, a read-only one and a full disk.
+# Writes more than a page, so that it fails if the file is locked or read-only, or the disk is full.
 PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) VALUES ('', '', hex(zeroblob(4096)))"
+
+# ======================================================================================================================
+# Stores: what carries the statements out. `FileStore` does it on one SQLite file, with one connection that reads and
+# another that writes, so that a write that waits for a lock holds up no hit. `ClusterStore` does it on an rqlite cluster.
+# The cache is disposable: if a store fails, answers go out uncached, and nothing else is lost.
+# ======================================================================================================================
 
 Rows = list[tuple[Any, ...]]
 Statement = tuple[str, Sequence[Any]]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
-    """A statement was not carried out, for all that is known. The text is the reason, which anybody may read: it names
-    no path and no host."""
+    """A statement was not carried out, as far as is known. The text is the reason. It names no path and no host, because
+    /readyz says it to anybody."""
 
 
 class Store(Protocol):
-    """What carries the statements out, each as a transaction."""
+    """Carries statements out."""
 
     name: str
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows, with all in them that was written before. Raises StoreFault."""
+        """The rows, as all writes before have left them. Raises StoreFault."""
 
     async def write(self, *statements: Statement) -> Rows:
         """Carry the statements out as one transaction; the rows that the last one returns. Raises StoreFault.
@@ -1962,26 +1968,33 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
     return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
 
 
+# ======================================================================================================================
+# Cache: the statements as verbs, over whichever store. A read that fails finds nothing, a write that fails raises
+# CacheUnavailable.
+# ======================================================================================================================
+
 READ_TIMEOUT_S = 5  # a store that hangs for so long cannot be read; a cluster gives up by itself before that
-FEW = 16  # hits for which a statement may wait for others: in a crowd turns are long, and it has enough
+# With fewer hits waiting than this, the next statement waits two turns of the loop for more. With more, turns are long,
+# and the statement carries enough.
+MERGE_MAX = 16
 
 
 class Cache:
-    """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
+    """What is known of the questions that were asked before."""
 
     def __init__(self, store: Store, grace: float) -> None:
         self._store = store
-        self._grace = grace
+        self._grace = grace  # seconds after its end for which a row of vPIC's is served
         self._reading, self._writing = [
             Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
             for done in ("read", "written")
         ]
-        self._clock_differs = False
-        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
-        self._answering: asyncio.Task[None] | None = None
+        self._clock_differs = False  # this machine's from the store's
+        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []  # hits that wait for the next statement
+        self._answering: asyncio.Task[None] | None = None  # the statement that is under way
         self._checks = Tasks()
-        self._checking: asyncio.Task[str] | None = None
-        self._checked_at = -math.inf
+        self._checking: asyncio.Task[str] | None = None  # the last check
+        self._checked_at = -math.inf  # when it ended (monotonic)
 
     async def _timed(self, work: Awaitable[Rows]) -> Rows:
         started, outcome = time.perf_counter(), "failed"
@@ -2012,7 +2025,7 @@ class Cache:
         return rows
 
     def hit(self, question: Question) -> asyncio.Future[Answer | None]:
-        """What is cached, or None. Who comes while a statement is under way shares the next one."""
+        """What is cached, or None. Hits that come while a statement is under way share the next one."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._asked.append((question, answer))
         if self._answering is None:
@@ -2021,18 +2034,18 @@ class Cache:
 
     async def _answer(self, turns: int = 0) -> None:
         for _ in range(turns):
-            if len(self._asked) < FEW:
+            if len(self._asked) < MERGE_MAX:
                 await asyncio.sleep(0)
         asked, self._asked = self._asked, []
         found: dict[Question, Answer] = {}
         try:
             found = await self.answers([question for question, _ in asked])
-        finally:  # whatever happened, nobody is left waiting
+        finally:  # also after an error, so that no caller waits for ever
             for question, answer in asked:
                 if not answer.done():  # else its caller has left
                     answer.set_result(found.get(question))
-            # Two turns of the loop, no timer: who was told just now is answered first, and who comes meanwhile shares
-            # the next statement, too. That is worth a fifth.
+            # Before the next statement, yield to the loop twice: the requests just answered send their responses, and
+            # new ones come and share it. That makes a fifth more hits a second.
             self._answering = asyncio.create_task(self._answer(turns=2)) if self._asked else None
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
@@ -2053,13 +2066,13 @@ class Cache:
         )
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
-        """The rows of those that have one, fresh or not; and of all, which removal was the last of its VIN."""
+        """The rows of those that have one, fresh or not; and for all, the last removal of the VIN."""
         rows = await self._read(RECORDS, (json.dumps(questions),))
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
-        """Insert or replace the rows, each unless there was another removal than the one given; if that fails, they
-        are not cached. Returns within the store's patience: `busy_timeout` or CLUSTER_TIMEOUT_S."""
+        """Store the records, each with the last removal that was known before vPIC was asked. If that fails, they are
+        not cached. Returns within `busy_timeout` or CLUSTER_TIMEOUT_S."""
         rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
             await self._write((STORE, (rows,)))
@@ -2070,15 +2083,15 @@ class Cache:
             await self._write((EXTEND, (expires_at, json.dumps(questions))))
 
     async def remove(self, vin: str) -> bool:
-        """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
+        """Remove the rows of a VIN, and have no call that is under way store it. Whether there was a row.
 
-        Raises CacheUnavailable, and then nothing was removed from a file; from a cluster, it may have been."""
+        Raises CacheUnavailable. Then nothing was removed from a file; from a cluster it may have been."""
         # One transaction, because a lookup that reads between the two would take the row for one of after the removal.
         now = await self._clock() or int(time.time())
         return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,))))
 
     async def removal(self, question: Question) -> int | None:
-        """Which removal was the last of this VIN."""
+        """The last removal of the question's VIN, or None."""
         rows = await self._read(REMOVED_AT, (vin_of(question),))
         return rows[0][0] if rows else None
 
@@ -2092,13 +2105,13 @@ class Cache:
 
     async def _sweep_once(self, now: float, keep_expired: float) -> None:
         last, cutoff = "", now - keep_expired
-        while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
+        while (bite := await self._read(COUNT_EXPIRED, (cutoff, last))) and bite[0][0] is not None:
             [(upto, expired)] = bite
             if expired:
-                await self._write((SWEEP, (last, upto, cutoff)))
+                await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
             last = upto
-            await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
-        await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT) * 10**9,)))
+            await asyncio.sleep(0.05)  # lookups come first
+        await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT_S) * 10**9,)))
 
     async def _clock(self) -> int | None:
         """The store's clock (unix seconds), or None if it can't be read. What is deleted goes by it, because the clock
@@ -2108,7 +2121,7 @@ class Cache:
             return None
         clock: int = rows[0][0]
         ahead = time.time() - clock
-        if (abs(ahead) > CLOCK_TOLERANCE) != self._clock_differs:
+        if (abs(ahead) > CLOCK_TOLERANCE_S) != self._clock_differs:
             self._clock_differs = not self._clock_differs
             if self._clock_differs:
                 log.warning(
@@ -2119,9 +2132,9 @@ class Cache:
         return clock
 
     async def check(self) -> str:
-        """`ok` if the store can be read and written just now, else the reason why not.
+        """`ok` if the store can be read and written, else the reason why not.
 
-        However many ask, one finds out at a time, and what it found holds for a second."""
+        One check serves all who ask while it runs, and for a second after that."""
         if self._checking is None or (self._checking.done() and time.monotonic() > self._checked_at + 1):
             self._checking = self._checks.start(self._check())
         return await asyncio.shield(self._checking)
@@ -2135,7 +2148,7 @@ class Cache:
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """For an export: the URI of a database with all that was stored before. Raises StoreFault."""
+        """The URI of a database with all that was stored before, for an export. Raises StoreFault."""
         return self._store.open_copy()
 
     async def report_damage(self, cause: str) -> None:
