@@ -1194,8 +1194,8 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-# By the schema that a database has: what is executed before the tables of schema.sql are made, and after that. All is one
-# transaction, so that a process that is killed in the middle of it leaves the database as it was.
+# By the schema that a database has: what is executed before the tables of schema.sql are made, and after that. All is
+# one transaction, so that a process that is killed in the middle of it leaves the database as it was.
 MIGRATE = {
     0: ("DROP TABLE IF EXISTS vehicles", ""),
     1: (
@@ -1287,8 +1287,8 @@ SELECT {", ".join(COLUMNS)}, coalesce(attributes, '') AS attributes FROM records
 """  # noqa: S608 - as above
 
 # Stores any number of records. Each comes with the last removal of its VIN that was known before vPIC was asked: if
-# there is another one by now, the record is not stored, because its VIN was removed meanwhile. A record that was decoded
-# offline never replaces one of vPIC's.
+# there is another one by now, the record is not stored, because its VIN was removed meanwhile. A record that was
+# decoded offline never replaces one of vPIC's.
 STORE = f"""
 INSERT INTO records ({", ".join(Record._fields)})
 SELECT {", ".join(f"value ->> {index}" for index in range(len(Record._fields)))}
@@ -1329,8 +1329,8 @@ PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) V
 
 # ======================================================================================================================
 # Stores: what carries the statements out. `FileStore` does it on one SQLite file, with one connection that reads and
-# another that writes, so that a write that waits for a lock holds up no hit. `ClusterStore` does it on an rqlite cluster.
-# The cache is disposable: if a store fails, answers go out uncached, and nothing else is lost.
+# another that writes, so that a write that waits for a lock holds up no hit. `ClusterStore` does it on an rqlite
+# cluster. The cache is disposable: if a store fails, answers go out uncached, and nothing else is lost.
 # ======================================================================================================================
 
 Rows = list[tuple[Any, ...]]
@@ -1338,8 +1338,8 @@ Statement = tuple[str, Sequence[Any]]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
-    """A statement was not carried out, as far as is known. The text is the reason. It names no path and no host, because
-    /readyz says it to anybody."""
+    """A statement was not carried out, as far as is known. The text is the reason. It names no path and no host,
+    because /readyz says it to anybody."""
 
 
 class Store(Protocol):
