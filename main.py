@@ -74,7 +74,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
@@ -258,6 +258,9 @@ class Settings(BaseSettings):
 
     vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: no call is made, all is decoded offline
     vpic_timeout: Seconds = 8  # the deadline of one lookup, retries and waiting included
+    patience: NoneOrSeconds | None = (
+        None  # a lookup waits so long for vPIC before it is answered without; unset: no limit
+    )
     # The deadline of one call for 50 VINs, of which vPIC decodes some 20 a second; and how long vPIC has to fail before
     # the lines of a batch wait for it no longer.
     vpic_batch_timeout: Seconds = 30
@@ -268,7 +271,7 @@ class Settings(BaseSettings):
     breaker_seconds: Seconds = 30  # for this long; then one call probes it
     stale_ttl: Seconds = 60  # an expired row that had to serve is not asked anew for this long
     offline: bool = True  # decode with the vPIC data in the package ultravin when there is nothing else
-    offline_ttl: Seconds = 3600  # how long such an answer stands before vPIC is asked again
+    offline_ttl: Seconds = 3600  # how long vPIC is not asked again for such a row if it gave no answer
 
     batch_limit: Annotated[int, Field(gt=0, le=100_000)] = 10_000  # VINs in one batch of JSON
     upload_bytes: Annotated[int, Field(gt=0)] = 2**30  # of a file of VINs, which lies beside the database meanwhile
@@ -301,6 +304,8 @@ class Settings(BaseSettings):
             raise ValueError("VINCACHE_VPIC_URL is empty and VINCACHE_OFFLINE is false: nothing is left to decode with")
         if self.api_key.get_secret_value() and not self.api_keys:
             raise ValueError("VINCACHE_API_KEY is set but has no key in it: all would be open")
+        if self.patience is not None and self.patience > self.vpic_timeout:
+            raise ValueError("VINCACHE_PATIENCE is longer than VINCACHE_VPIC_TIMEOUT, the deadline of a lookup")
         if self.private and not self.api_keys:
             raise ValueError("VINCACHE_PRIVATE is true but VINCACHE_API_KEY is empty: nobody could come in")
         return self
@@ -588,11 +593,14 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """`cache` is ok or the reason why it can't be used; `vpic` is ok, offline, or `open since <time>`."""
+    """`cache` is ok or the reason why it can't be used; `vpic` is ok, offline, or `open since <time>`; `unconfirmed`
+    counts the rows that were decoded offline and not by vPIC yet; `offline_data` is the month of that data."""
 
     status: Literal["ok", "unavailable"]
     cache: str = Field(examples=["ok"])
     vpic: str = Field(examples=["ok"])
+    unconfirmed: int = Field(examples=[0])
+    offline_data: str = Field(examples=["2026-10"])
 
 
 class Problem(BaseModel):
@@ -701,8 +709,9 @@ class Record(NamedTuple):
         return 200 if self.decoded else 404
 
     def answers(self, now: float, details: bool) -> bool:
-        """Whether vPIC need not be asked: the row is fresh, and has the attributes if they are wanted."""
-        return self.expires_at > now and (self.attributes is not None or not details)
+        """Whether the row is an answer: it is fresh or an offline one, and has the attributes if they are wanted."""
+        is_fresh = self.source == "offline" or self.expires_at > now
+        return is_fresh and (self.attributes is not None or not details)
 
     def fields(self, outcome: str) -> dict[str, Any]:
         """What there is to say of the VIN. `find_cached` makes the same of a row, in SQL."""
@@ -859,6 +868,7 @@ store_duration = meter.create_histogram(
     "Duration of statements, by store and outcome",
     explicit_bucket_boundaries_advisory=SECONDS,
 )
+unconfirmed_gauge = meter.create_gauge("vincache.unconfirmed", description="Rows decoded offline, not by vPIC yet")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
@@ -1225,9 +1235,9 @@ FIELDS_SQL = (
 )
 STATUS = "iif(decoded, 200, 404)"
 DETAIL = f"iif(decoded, '', '{UNDECODABLE}')"
-# An expired row is served during the grace if it is vPIC's; an expired offline row never is.
-OUTCOME = "iif(expires_at > :now, 'hit', 'stale')"
-SERVED = "expires_at > :now OR (source = 'vpic' AND expires_at > :now - :grace)"
+# A row of vPIC's is served during the grace too. An offline row is served until vPIC's answer replaces it.
+OUTCOME = "iif(expires_at > :now OR source = 'offline', 'hit', 'stale')"
+SERVED = "expires_at > :now - :grace OR source = 'offline'"
 
 
 def json_object(fields: dict[str, str]) -> str:
@@ -1297,6 +1307,17 @@ WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {le
   AND (value ->> 11 = 'vpic' OR NOT EXISTS (
     SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND model_year_asked = value ->> 1 AND source = 'vpic'))
 """  # noqa: S608 - as above
+
+# A row that was decoded offline is unconfirmed: vPIC is to be asked for it from its `expires_at` on. A claim moves
+# that, so that only one process asks for the row, and so that a VIN that vPIC does not answer is not asked too often.
+UNCONFIRMED = "SELECT count(*), count(*) FILTER (WHERE expires_at <= ?) FROM vehicles WHERE source = 'offline'"
+# REPLACE, because rqlite returns no rows of an UPDATE that has a subquery.
+CLAIM = f"""
+REPLACE INTO vehicles ({", ".join(COLUMNS)})
+SELECT {", ".join("?" if column == "expires_at" else column for column in COLUMNS)}
+FROM vehicles WHERE source = 'offline' AND expires_at <= ? ORDER BY expires_at LIMIT ?
+RETURNING vin, model_year_asked
+"""  # noqa: S608 - our own column names
 
 EXTEND = """
 UPDATE vehicles SET expires_at = max(expires_at, ?)
@@ -1989,6 +2010,7 @@ class Cache:
             Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
             for done in ("read", "written")
         ]
+        self.unconfirmed = 0  # rows, when they were last counted
         self._clock_differs = False  # this machine's from the store's
         self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []  # hits that wait for the next statement
         self._answering: asyncio.Task[None] | None = None  # the statement that is under way
@@ -2081,6 +2103,19 @@ class Cache:
         """Let the rows of these questions count as fresh until `expires_at` (unix seconds)."""
         with suppress(CacheUnavailable):
             await self._write((EXTEND, (expires_at, json.dumps(questions))))
+
+    async def claim_unconfirmed(self, most: int, seconds: float) -> list[Question]:
+        """Some questions whose rows are unconfirmed, the oldest first. For so many seconds nobody gets them again."""
+        now = time.time()
+        if not (counted := await self._read(UNCONFIRMED, (now,))):
+            return []
+        [(self.unconfirmed, due)] = counted
+        unconfirmed_gauge.set(self.unconfirmed)
+        rows: Rows = []
+        if due:
+            with suppress(CacheUnavailable):
+                rows = await self._write((CLAIM, (math.ceil(now + seconds), now, most)))
+        return [ask(vin, model_year) for vin, model_year in rows]
 
     async def remove(self, vin: str) -> bool:
         """Remove the rows of a VIN, and have no call that is under way store it. Whether there was a row.
@@ -2522,8 +2557,32 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
 # ======================================================================================================================
 
 
+OFFLINE_DAYS = 183  # after which the data is so old that the log warns
+
+# vPIC's names of the ids that it gives beside three of its values.
+VPIC_IDS = {"Make": "MakeID", "Model": "ModelID", "Manufacturer": "ManufacturerId"}
+
+
 def offline_installed() -> bool:
     return importlib.util.find_spec("ultravin") is not None
+
+
+@cache
+def offline_month() -> str:
+    """The month of the offline data, like 2026-10; empty if ultravin is not installed."""
+    if not offline_installed():
+        return ""
+    import ultravin  # 6 MB; its data, 30 MB, are loaded when the first VIN is decoded
+
+    return str(ultravin.provenance()["data_month"]).replace("_", "-")
+
+
+async def log_offline_month() -> None:
+    """Say how old the offline data is. It runs beside the start, because the import takes 30 ms."""
+    if month := await asyncio.to_thread(offline_month):
+        age = datetime.now(UTC) - datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+        level = logging.WARNING if age.days > OFFLINE_DAYS else logging.INFO
+        log.log(level, "offline data: of %s, %d days old", month, age.days)
 
 
 def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
@@ -2531,24 +2590,28 @@ def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
     because it is not installed."""
     found: dict[Question, Words] = {}
     try:
-        import ultravin  # 30 MB that a service with a healthy vPIC never needs
+        import ultravin
 
-        for question in questions:
-            vin, year = vin_of(question), model_year_of(question)
-            elements = ultravin.decode(vin, year=int(year) if year else None, full=True)["elements"]
-            flat = dict.fromkeys(VPIC_KEYS.values(), "") | {element["code"]: element["value"] for element in elements}
-            found[question] = translate(flat | {"VIN": vin})
+        vins = [vin_of(question) for question in questions]
+        years = [int(year) if (year := model_year_of(question)) else None for question in questions]
+        for question, decoded in zip(questions, ultravin.decode_batch(vins, years=years, full=True), strict=True):
+            flat = dict.fromkeys(VPIC_KEYS.values(), "") | {"VIN": vin_of(question)}
+            for element in decoded["elements"]:
+                flat[element["code"]] = element["value"]
+                if name := VPIC_IDS.get(element["code"]):
+                    flat[name] = element["attribute_id"]
+            found[question] = translate(flat)
     except ImportError:
         pass
-    except Exception as error:  # noqa: BLE001 - a library's: it may be anything, and means no more than "unknown offline"
+    except Exception as error:  # noqa: BLE001 - a library's: it may be anything, and means "unknown offline"
         log.warning("offline decoding failed: %r", error)
     return found
 
 
 # ======================================================================================================================
 # Lookups: how a question comes to its answer. `Scheduler` does no I/O: it decides which tickets go into the next call
-# to vPIC. `Lookups` reads the cache, makes the calls, and answers without vPIC where vPIC can't be used. Every lookup
-# ends: with an answer, or with one clear error.
+# to vPIC. `Lookups` reads the cache, makes the calls, and answers without vPIC where vPIC can't be used or waited for.
+# Every lookup ends: with an answer, or with one clear error.
 # ======================================================================================================================
 
 
@@ -2579,7 +2642,7 @@ class Ticket:
     |---------|----------------------------------|---------------------------------------------------------------------|
     | WAITING | in the queues of all its waiters | `Scheduler.take_calls` takes it into a call: CALLED                 |
     |         |                                  | its last waiter leaves: DONE                                        |
-    | CALLED  | with the one task of that call   | a row stored meanwhile answers it: DONE                             |
+    | CALLED  | with the one task of that call   | a row of vPIC's was stored meanwhile: DONE                          |
     |         |                                  | vPIC answers, and the record is stored, or could not be: DONE       |
     |         |                                  | the call fails: WAITING again where another call may help; else     |
     |         |                                  | DONE, and its waiters are answered without vPIC                     |
@@ -2625,7 +2688,8 @@ class Queue:
 
 
 class Waiter:
-    """A lookup, a line of a batch, or a refresh, that shares a ticket. Nobody reads the outcome of a refresh."""
+    """A lookup or a line of a batch that shares a ticket. A refresh and a confirmation have a waiter too, which holds
+    their ticket in its queue, and whose outcome nobody reads."""
 
     def __init__(self, ticket: Ticket, queue: Queue) -> None:
         self.ticket = ticket
@@ -2653,17 +2717,24 @@ class Scheduler:
     of them: the first term empties the queue with the places that are free now, the second one keeps a place that
     frees alone from taking nearly all.
 
-    Batches and refreshes share what lookups leave, half of the places at most. They take turns: in each round every
-    batch has one call, and then the refreshes have one."""
+    What lookups leave, half of the places at most, is for the background. Batches and refreshes take turns: in each
+    round every batch has one call, and then the refreshes have one. Confirmations come when nothing else waits."""
 
     def __init__(self, places: int) -> None:
         self.places = places  # calls that may be under way at once
         self.free_places = places
-        self.free_for_background = max(1, places // 2)  # how many more of them batches and refreshes may take
+        self.free_for_background = max(1, places // 2)  # how many more of them the background may take
         self.lookups = Queue()
         self.refreshes = Queue()
-        self.batches: list[Queue] = []  # one for each batch that is being answered; the one served last is at the end
+        self.confirmations = Queue()
+        self.batches: list[Queue] = []  # one for each batch under way; the one that was served last is at the end
         self._round: list[Queue] = []  # those that have not had their turn in this round
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the background has a free place and nothing for it."""
+        queues = (self.lookups, self.refreshes, self.confirmations, *self.batches)
+        return self.free_places > 0 and self.free_for_background > 0 and not any(queues)
 
     def join(self, ticket: Ticket, queue: Queue) -> Waiter:
         waiter = Waiter(ticket, queue)
@@ -2718,7 +2789,7 @@ class Scheduler:
             queue for queue in (*self.batches, self.refreshes) if queue
         ]
         if not self._round:
-            return None
+            return self.confirmations if self.confirmations else None
         queue = self._round.pop(0)
         if queue in self.batches:  # the last one in the next round
             self.batches.remove(queue)
@@ -2748,8 +2819,11 @@ class Scheduler:
 class Batch:
     """A batch while it is being answered."""
 
-    def __init__(self, form: LineForm) -> None:
+    def __init__(self, form: LineForm, patience: float | None) -> None:
         self.form = form
+        self.patience = (
+            patience  # seconds for which a line waits for vPIC before it is answered without; None: no limit
+        )
         self.queue = Queue()
         self.lines: deque[Line | Waiter] = deque()  # in the order of the rows: a line, or who waits for its outcome
         self.waiters: set[Waiter] = set()  # all who wait, also those that are not in `lines` yet
@@ -2763,9 +2837,10 @@ class Batch:
 
 WINDOW = 100  # lines of a batch at once: a single hit waits no longer than these take
 AHEAD = 500  # lines of a batch that are looked up before the first of them is answered
-REFRESHES = 10_000  # that wait at most; a hit on a row beyond them will ask again
+BACKGROUND_MOST = 10_000  # tickets that wait without a caller; what is left out is a stale or unconfirmed row still
 STAND_IN_S = 0.5  # at the end of a lookup's time, in which it is answered without vPIC
 LOST_S = 60  # after which a line of a batch that still waits makes sure that somebody works on it
+CONFIRM_S = 60  # after which the cache is asked again for unconfirmed rows, if it had none
 
 
 class Lookups:
@@ -2779,13 +2854,17 @@ class Lookups:
         # The last part of a lookup's time, and of the time before it: a call that fails by then is answered by itself.
         self._reserve = min(STAND_IN_S, settings.vpic_timeout / 16)
         self._tickets: dict[Question, Ticket] = {}  # by question the ticket that a new waiter joins
-        self._tasks = Tasks()  # calls, and answers without vPIC
-        self._overdue: list[Waiter] = []  # lookups that can wait for vPIC no longer, until `_schedule` sees them
+        self._tasks = Tasks()  # calls, answers without vPIC, and claims of unconfirmed rows
+        self._impatient: list[Waiter] = []  # who would rather be answered without vPIC, until `_schedule` sees them
+        self._overdue: list[Waiter] = []  # lookups whose time is nearly over, until `_schedule` sees them
         self._scheduled: asyncio.Handle | None = None  # the next `_schedule`
-        self._timer: asyncio.TimerHandle | None = None  # for the time when vPIC is left alone no longer
+        self._timer: asyncio.TimerHandle | None = None  # for the time when vPIC may be tried again
+        self._claim_at = 0.0  # when unconfirmed rows are claimed next, if nothing else waits (loop time)
+        self._claiming = False
         self._closed = False
 
     async def __aenter__(self) -> "Lookups":
+        self._wake()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -2794,7 +2873,7 @@ class Lookups:
             self._timer.cancel()
         await self._tasks.finish(cancel=True)
         scheduler = self._scheduler
-        for waiter in scheduler.waiters([scheduler.lookups, scheduler.refreshes, *scheduler.batches]):
+        for waiter in scheduler.waiters([scheduler.lookups, *scheduler.batches]):
             waiter.resolve(bug_failure())
 
     async def hit(self, question: Question) -> Answer | None:
@@ -2808,10 +2887,12 @@ class Lookups:
         lookups_counter.add(1, {"outcome": cached.outcome})
         return cached
 
-    async def lookup(self, question: Question, details: bool = False) -> Answer:
-        """The answer to one question, within `vpic_timeout`. Raises VpicUnavailable if there is none."""
+    async def lookup(self, question: Question, details: bool = False, patience: float | None = None) -> Answer:
+        """The answer to one question, within `vpic_timeout`; after `patience` (seconds) also one without vPIC, if there
+        is any. Raises VpicUnavailable if there is none."""
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + self._settings.vpic_timeout - self._reserve
+        began = loop.time()
+        give_up_at = began + self._settings.vpic_timeout - self._reserve
         try:
             async with asyncio.timeout_at(give_up_at):
                 if details:
@@ -2824,12 +2905,14 @@ class Lookups:
         except TimeoutError:  # the store does not answer
             waiter = Waiter(Ticket(question, details), self._scheduler.lookups)
         try:
-            await asyncio.wait([waiter.outcome], timeout=max(0, give_up_at - loop.time()))
-            if not waiter.outcome.done():
-                self._give_up(waiter)
-                await asyncio.wait([waiter.outcome], timeout=STAND_IN_S)
+            if patience is not None and began + patience < give_up_at:
+                await self._wait(waiter, began + patience)
+                self._hurry([waiter])
+            await self._wait(waiter, give_up_at)
+            self._give_up(waiter)
+            await self._wait(waiter, loop.time() + STAND_IN_S)
         finally:
-            self._leave(waiter)
+            self._let_go(waiter)
         outcome = waiter.outcome.result() if waiter.outcome.done() else overdue(waiter.ticket)
         lookups_counter.add(1, {"outcome": outcome_name(outcome)})
         if isinstance(outcome, VpicUnavailable):
@@ -2837,6 +2920,12 @@ class Lookups:
         return outcome.record.answer(outcome.outcome, details)
 
     # -- Waiting -------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    async def _wait(waiter: Waiter, moment: float) -> None:
+        """Wait for the outcome, until this moment (loop time) at the latest."""
+        if not waiter.outcome.done():
+            await asyncio.wait([waiter.outcome], timeout=max(0, moment - asyncio.get_running_loop().time()))
 
     async def _join(self, question: Question, details: bool, queue: Queue) -> Waiter:
         """Wait for the ticket of this question, or for a new one if there is none that may answer it."""
@@ -2864,6 +2953,13 @@ class Lookups:
         if ticket.state is TicketState.WAITING and not ticket.waiters:
             self._end(ticket)
 
+    def _let_go(self, waiter: Waiter) -> None:
+        """A caller is gone. If it was answered without vPIC, its waiter stays: vPIC's answer shall replace that one."""
+        outcome = waiter.outcome.result() if waiter.outcome.done() and not waiter.outcome.cancelled() else None
+        answered_early = isinstance(outcome, Found) and waiter in waiter.ticket.waiters
+        if not answered_early or len(waiter.queue) > BACKGROUND_MOST:
+            self._leave(waiter)
+
     def _end(self, ticket: Ticket, outcome: Outcome | None = None) -> None:
         """The ticket is done: those who still wait for it get this outcome."""
         ticket.state = TicketState.DONE
@@ -2875,21 +2971,32 @@ class Lookups:
                 waiter.resolve(outcome)
         ticket.waiters.clear()
 
+    def _hurry(self, waiters: Iterable[Waiter]) -> None:
+        """The patience of these is over: they would rather have an answer without vPIC."""
+        for waiter in waiters:
+            if not waiter.outcome.done():
+                self._impatient.append(waiter)
+                self._wake()
+
     def _give_up(self, waiter: Waiter) -> None:
         """A lookup can wait for vPIC no longer: it gets vPIC's answer if that is only being stored, else another."""
         if waiter.ticket.found:
             waiter.resolve(waiter.ticket.found)
-        else:
+        elif not waiter.outcome.done():
             self._overdue.append(waiter)
             self._wake()
 
     def _refresh(self, question: Question) -> None:
         """Ask vPIC anew, when no lookup and no batch needs it."""
-        queue = self._scheduler.refreshes
-        if question not in self._tickets and len(queue) < REFRESHES:
-            ticket = self._tickets[question] = Ticket(question, details=False)
-            self._scheduler.join(ticket, queue)
-            self._wake()
+        self._ask_behind([question], self._scheduler.refreshes)
+
+    def _ask_behind(self, questions: Iterable[Question], queue: Queue) -> None:
+        """Ask vPIC for nobody: the answer is stored."""
+        for question in questions:
+            if question not in self._tickets and len(queue) < BACKGROUND_MOST and not self._closed:
+                ticket = self._tickets[question] = Ticket(question, details=False)
+                self._scheduler.join(ticket, queue)
+                self._wake()
 
     # -- Calling vPIC --------------------------------------------------------------------------------------------------
 
@@ -2898,42 +3005,69 @@ class Lookups:
         if self._scheduled is None and not self._closed:
             self._scheduled = asyncio.get_running_loop().call_soon(self._schedule)
 
-    def _schedule(self) -> None:
-        """Start what can be started now: calls to vPIC, and answers without vPIC for those who can't wait for it."""
-        self._scheduled = None
-        if self._closed:
-            return
-        if self._overdue:
-            self._tasks.start(self._run(self._answer_without_vpic(self._overdue, None)))
-            self._overdue = []
-        scheduler, refusal = self._scheduler, self._vpic.refusal()
-        if refusal is None:
-            # To find out whether vPIC is there again, one VIN has to wait for it, not fifty.
-            for call in scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
-                task = self._tasks.start(self._run(self._call_vpic(call)))
-                for ticket in call.tickets:
-                    ticket.task = task
-            return
-        impatient = [scheduler.lookups, scheduler.refreshes]
-        refused = scheduler.waiters([*impatient, *scheduler.batches] if self._vpic.is_given_up() else impatient)
-        for waiter in refused:
-            self._leave(waiter)
-        if refused:
-            self._tasks.start(self._run(self._answer_without_vpic(refused, refusal)))
-        if any(scheduler.batches) and self._timer is None:
-            wait = refusal.retry_after or 1
-            self._timer = asyncio.get_running_loop().call_later(wait, self._try_again)
+    def _wake_in(self, seconds: float) -> None:
+        """Have `_schedule` run in some seconds, unless it is to run earlier."""
+        loop = asyncio.get_running_loop()
+        if self._timer and self._timer.when() > loop.time() + seconds:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = loop.call_later(seconds, self._wake_up)
 
-    def _try_again(self) -> None:
+    def _wake_up(self) -> None:
         self._timer = None
         self._wake()
 
-    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _schedule(self) -> None:
+        """Start what can be started now: calls to vPIC, and answers without vPIC."""
+        self._scheduled = None
+        if self._closed:
+            return
+        impatient, self._impatient = [waiter for waiter in self._impatient if not waiter.outcome.done()], []
+        overdue, self._overdue = self._overdue, []
+        if impatient:
+            self._start(self._answer_without_vpic(impatient, None, is_final=False))
+        if overdue:
+            self._start(self._answer_without_vpic(overdue, None))
+        refusal = self._vpic.refusal()
+        if refusal:
+            self._refuse(refusal)
+            return
+        # To find out whether vPIC is there again, one VIN has to wait for it, not fifty.
+        for call in self._scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
+            task = self._start(self._call_vpic(call))
+            for ticket in call.tickets:
+                ticket.task = task
+        if self._scheduler.is_idle and not self._claiming:
+            wait = self._claim_at - asyncio.get_running_loop().time()
+            if wait > 0:
+                self._wake_in(wait)
+            else:
+                self._claiming = True
+                self._start(self._claim_unconfirmed())
+
+    def _refuse(self, refusal: VpicUnavailable) -> None:
+        """vPIC is not asked now. Lookups and refreshes don't wait for it, nor do batches once it is given up."""
+        scheduler = self._scheduler
+        queues = [scheduler.lookups, scheduler.refreshes]
+        refused = scheduler.waiters([*queues, *scheduler.batches] if self._vpic.is_given_up() else queues)
+        for waiter in refused:
+            self._leave(waiter)
+        if refused := [waiter for waiter in refused if not waiter.outcome.done()]:
+            self._start(self._answer_without_vpic(refused, refusal))
+        if not self._vpic.is_off:
+            self._wake_in(refusal.retry_after or 1)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do it in a task of its own: no waiter that leaves can cancel it."""
-        try:
-            await work
-        except Exception:
-            log.exception("lookup failed")
+
+        async def logged() -> None:
+            try:
+                await work
+            except Exception:
+                log.exception("lookup failed")
+
+        return self._tasks.start(logged())
 
     async def _call_vpic(self, call: Call) -> None:
         """Ask vPIC, and end the tickets of the call, whatever happens."""
@@ -2971,7 +3105,7 @@ class Lookups:
             await self._answer_without_vpic(waiters, failure, records)
 
     async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> tuple[list[Ticket], dict[Question, Record]]:
-        """Answer those whose row was stored since they looked. The others, and the expired rows that they have."""
+        """Answer those for which a row of vPIC's was stored since they looked. The others, and the rows they have."""
         records, removals = dict[Question, Record](), dict[Question, int | None]()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
@@ -2981,7 +3115,7 @@ class Lookups:
             ticket.removal = removals.get(ticket.question)
             ticket.removal_read.set()
             record = records.get(ticket.question)
-            if record and record.answers(now, ticket.details):
+            if record and record.source == "vpic" and record.answers(now, ticket.details):
                 self._end(ticket, Found(record, "hit"))
             else:
                 rest.append(ticket)
@@ -3013,8 +3147,11 @@ class Lookups:
             else:
                 ticket.failures += 1
                 patient = ticket.failures == 1 and failure.failure.blames_vpic
+            waiting_on = [self._scheduler.confirmations] if left_alone else []
+            if patient:
+                waiting_on += self._scheduler.batches
             for waiter in [*ticket.waiters]:
-                if not patient or waiter.queue not in self._scheduler.batches:
+                if waiter.queue not in waiting_on:
                     self._leave(waiter)
                     refused.append(waiter)
             if ticket.waiters:
@@ -3022,7 +3159,9 @@ class Lookups:
             else:
                 self._end(ticket)
         self._wake()
-        return refused
+        # Nobody waits for a confirmation: its row is there already.
+        unanswered = (waiter for waiter in refused if waiter.queue is not self._scheduler.confirmations)
+        return [waiter for waiter in unanswered if not waiter.outcome.done()]
 
     def _wait_again(self, ticket: Ticket, first: bool) -> None:
         """Let a ticket that was called wait again; if there is a newer one of its question, its waiters go there."""
@@ -3039,11 +3178,12 @@ class Lookups:
         if records:
             await self._cache.store(records)
 
-    def _make_record(self, question: Question, words: Words, source: Literal["vpic", "offline"]) -> Record:
+    def _make_record(
+        self, question: Question, words: Words, source: Literal["vpic", "offline"], life: float = 0
+    ) -> Record:
+        """The row for what was decoded. An offline one is asked of vPIC again when its life (seconds) is over."""
         now = time.time()
-        if source == "offline":
-            life = self._settings.offline_ttl
-        else:
+        if source == "vpic":
             life = self._settings.ttl if is_decodable(words) else self._settings.invalid_ttl
             # By the VIN up to a tenth less: what was fetched in one minute does not end in one minute.
             life *= 1 - zlib.crc32(question.encode()) / 2**32 / 10
@@ -3053,79 +3193,95 @@ class Lookups:
             source=source,
             decoded=is_decodable(words),
             fetched_at=int(now),
-            expires_at=math.ceil(now + life),
+            expires_at=math.ceil(now + life) if life else int(now),
         )
+
+    async def _claim_unconfirmed(self) -> None:
+        """Take the next unconfirmed rows to ask vPIC for. While vPIC is left alone, one of them probes it."""
+        questions: list[Question] = []
+        most = VPIC_VINS if self._vpic.breaker.closed else 1
+        try:
+            questions = await self._cache.claim_unconfirmed(most, self._settings.offline_ttl)
+        finally:
+            self._claiming = False
+            self._claim_at = asyncio.get_running_loop().time() + (0 if questions else CONFIRM_S)
+            self._wake()
+        self._ask_behind(questions, self._scheduler.confirmations)
 
     # -- Answers without vPIC ------------------------------------------------------------------------------------------
 
     async def _answer_without_vpic(
-        self, waiters: list[Waiter], failure: VpicUnavailable | None, records: dict[Question, Record] | None = None
+        self,
+        waiters: list[Waiter],
+        failure: VpicUnavailable | None,
+        records: dict[Question, Record] | None = None,
+        is_final: bool = True,
     ) -> None:
-        """Answer with the row, also an expired one, else offline, else with the failure. Without one, the waiters are
-        overdue: their tickets tell the failure."""
+        """Answer with the row, also an expired one, else offline, else with the failure. Without a failure, that of
+        the ticket is told; and where it is not final, those for whom there is no answer go on waiting."""
         try:
-            questions = [*dict.fromkeys(waiter.ticket.question for waiter in waiters)]
-            removals = {waiter.ticket.question: waiter.ticket.removal for waiter in waiters}
-            if records is None:
-                records, removals = {}, {}
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(STAND_IN_S * 0.4):
-                        records, removals = await self._cache.records(questions)
-            detailed = {waiter.ticket.question for waiter in waiters if waiter.ticket.details}
-            found = self._find_rows(questions, records, detailed)
-            found |= await self._decode_offline([question for question in questions if question not in found])
+            # A VIN that vPIC was asked for, and did not answer, is not asked again too soon.
+            life = self._settings.offline_ttl if records is not None and failure and failure.failure.blames_vin else 0
+            found, removals = await self._find_stand_ins(waiters, records, life)
             with suppress(TimeoutError):  # the statement goes on
                 async with asyncio.timeout(STAND_IN_S * 0.4):
                     await self._store_stand_ins(found, removals)
             for waiter in waiters:
-                waiter.resolve(found.get(waiter.ticket.question) or failure or overdue(waiter.ticket))
+                if stand_in := found.get(waiter.ticket.question):
+                    waiter.resolve(stand_in)
+                elif is_final:
+                    waiter.resolve(failure or overdue(waiter.ticket))
         finally:
-            for waiter in waiters:
+            for waiter in waiters if is_final else ():
                 waiter.resolve(failure or bug_failure())
 
-    def _find_rows(
-        self, questions: list[Question], records: dict[Question, Record], detailed: Collection[Question]
-    ) -> dict[Question, Found]:
-        now, found = time.time(), {}
-        for question in questions:
-            record = records.get(question)
-            if record and record.answers(now, question in detailed):
-                found[question] = Found(record, "hit")
-            # Where there is no vPIC to wait for, an expired offline row is decoded anew: the package may be newer.
-            elif record and (record.source == "vpic" or not self._vpic.is_off):
-                found[question] = Found(record, "stale")
-        return found
-
-    async def _decode_offline(self, questions: list[Question]) -> dict[Question, Found]:
-        """What the offline data says. It never says "undecodable" while vPIC is configured: vPIC may know the VIN."""
-        if not questions or not self._settings.offline:
-            return {}
-        decoded = await asyncio.to_thread(decode_offline, questions)
-        return {
-            question: Found(self._make_record(question, words, "offline"), "offline")
-            for question, words in decoded.items()
-            if is_decodable(words) or self._vpic.is_off
-        }
+    async def _find_stand_ins(
+        self, waiters: list[Waiter], records: dict[Question, Record] | None, life: float
+    ) -> tuple[dict[Question, Found], dict[Question, int | None]]:
+        """What there is without vPIC, by question; and the last removals of their VINs."""
+        detailed = {waiter.ticket.question: waiter.ticket.details for waiter in waiters}
+        removals = {waiter.ticket.question: waiter.ticket.removal for waiter in waiters}
+        if records is None:
+            records, removals = {}, {}
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STAND_IN_S * 0.4):
+                    records, removals = await self._cache.records([*detailed])
+        now, found = time.time(), dict[Question, Found]()
+        for question, record in records.items():
+            if question in detailed:
+                found[question] = Found(record, "hit" if record.answers(now, detailed[question]) else "stale")
+        if self._settings.offline and (unknown := [question for question in detailed if question not in found]):
+            for question, words in (await asyncio.to_thread(decode_offline, unknown)).items():
+                # Never "undecodable" by offline data while vPIC is configured, because vPIC may know the VIN.
+                if is_decodable(words) or self._vpic.is_off:
+                    found[question] = Found(self._make_record(question, words, "offline", life), "offline")
+        return found, removals
 
     async def _store_stand_ins(self, found: dict[Question, Found], removals: dict[Question, int | None]) -> None:
         """Store what was decoded offline. Expired rows count as fresh for `stale_ttl`: so long vPIC is not asked."""
-        await self._store([(o.record, removals.get(q)) for q, o in found.items() if o.outcome == "offline"])
-        stale = [question for question, outcome in found.items() if outcome.outcome == "stale"]
+        offline = [(new.record, removals.get(q)) for q, new in found.items() if new.outcome == "offline"]
+        if offline:
+            await self._store(offline)
+            self._claim_at = 0  # they are unconfirmed
+        stale = [question for question, old in found.items() if old.outcome == "stale"]
         if stale:
             await self._cache.extend(stale, math.ceil(time.time() + self._settings.stale_ttl))
 
     # -- Batches -------------------------------------------------------------------------------------------------------
 
-    async def batch(self, windows: AsyncIterator[list[Row]], form: LineForm) -> AsyncIterator[list[Line]]:
+    async def batch(
+        self, windows: AsyncIterator[list[Row]], form: LineForm, patience: float | None = None
+    ) -> AsyncIterator[list[Line]]:
         """The lines for the rows, in their order, some at a time, each as soon as it and those before it are known.
 
-        While vPIC is left alone, a line waits, until a call has failed VPIC_BATCH_TIMEOUT after the first failure."""
-        batch = Batch(form)
+        A line waits for vPIC for `patience` (seconds), then it is answered without vPIC if it can be. While vPIC is
+        left alone, a line waits until a call has failed VPIC_BATCH_TIMEOUT after the first failure."""
+        batch = Batch(form, patience)
         self._scheduler.batches.append(batch.queue)
         try:
             async for rows in windows:
                 lines = await self._look_up(rows, batch)
-                if not batch.waiters:  # so there are no lines before these
+                if not batch.lines and not any(isinstance(line, Waiter) for line in lines):
                     yield cast(list[Line], lines)
                     continue
                 batch.lines += lines
@@ -3137,9 +3293,10 @@ class Lookups:
             self._scheduler.batches.remove(batch.queue)
             for waiter in batch.waiters:
                 self._leave(waiter)
-            if vpic_failed := {name: times for name, times in batch.outcomes.items() if name in WITHOUT_VPIC}:
-                counted = ", ".join(f"{times:,} {name}" for name, times in sorted(vpic_failed.items()))
-                log.warning("batch answered in part without vPIC: %s", counted)
+            if without := {name: times for name, times in batch.outcomes.items() if name in WITHOUT_VPIC}:
+                counted = ", ".join(f"{times:,} {name}" for name, times in sorted(without.items()))
+                level = logging.WARNING if batch.patience is None else logging.INFO
+                log.log(level, "batch answered in part without vPIC: %s", counted)
 
     async def _next_lines(self, batch: Batch) -> list[Line]:
         """Up to a window of lines. Waits for the first of them if need be."""
@@ -3149,8 +3306,9 @@ class Lookups:
         while batch.can_go_on and len(lines) < WINDOW:
             line = batch.lines.popleft()
             if isinstance(line, Waiter):
-                self._leave(line)
-                batch.waiters.discard(line)
+                self._let_go(line)
+                if line not in line.ticket.waiters:
+                    batch.waiters.discard(line)
                 outcome = line.outcome.result()
                 batch.outcomes[outcome_name(outcome)] += 1
                 lookups_counter.add(1, {"outcome": outcome_name(outcome)})
@@ -3187,6 +3345,7 @@ class Lookups:
                 lines[index] = make_line(batch.form, 422, {"vin": vin}, error.message())
         cached = await self._cache.lines(asked, batch.form)
         outcomes: Counter[str] = Counter()
+        waiters: list[Waiter] = []
         for index, question in enumerate(asked):
             if found := cached.get(question):
                 outcome, lines[index] = found
@@ -3195,7 +3354,10 @@ class Lookups:
                     self._refresh(question)
             elif question:
                 waiter = lines[index] = await self._join(question, batch.form.details, batch.queue)
+                waiters.append(waiter)
                 batch.waiters.add(waiter)
+        if waiters and batch.patience is not None:
+            asyncio.get_running_loop().call_later(batch.patience, self._hurry, waiters)
         for outcome, times in outcomes.items():
             lookups_counter.add(times, {"outcome": outcome})
         return lines
@@ -3968,6 +4130,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
             Exporter(cache, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
+            background(log_offline_month()),
         ):
             doors = Doors(settings, rates)
             # What is there now stays: the collector need not look through it again at every few requests.
@@ -4114,12 +4277,13 @@ class Front:
 
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
-    "allow_headers": [KEY_HEADER, "If-None-Match", "Range"],
+    "allow_headers": [KEY_HEADER, "If-None-Match", "Prefer", "Range"],
     "expose_headers": [
         "Age",
         "Content-Disposition",
         "Content-Range",
         "ETag",
+        "Preference-Applied",
         "Retry-After",
         "X-Cache",
         "X-Total-Count",
@@ -4296,6 +4460,17 @@ def filled(body: Any) -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"example": body}}}}
 
 
+def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
+    """For how many seconds this caller waits for vPIC, by `Prefer: wait=N` (RFC 7240) or else by the settings; and the
+    header that says that the preference was applied."""
+    settings: Settings = request.state.settings
+    preferences = ",".join(request.headers.getlist("prefer"))
+    if wait := PREFER_WAIT.search(preferences):  # the first one counts
+        seconds = min(int(wait[1][:9]), settings.vpic_timeout)
+        return seconds, {"Preference-Applied": f"wait={seconds:g}"}
+    return settings.patience, {}
+
+
 async def look_up(request: Request, question: Question, details: bool) -> Response:
     """The answer; if the client hangs up before it, nobody waits for vPIC in its name any more."""
 
@@ -4303,7 +4478,8 @@ async def look_up(request: Request, question: Question, details: bool) -> Respon
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    looking = asyncio.create_task(request.state.lookups.lookup(question, details))
+    patience, applied = read_patience(request)
+    looking = asyncio.create_task(request.state.lookups.lookup(question, details, patience))
     leaving = asyncio.create_task(hang_up())
     try:
         await asyncio.wait([looking, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -4312,6 +4488,7 @@ async def look_up(request: Request, question: Question, details: bool) -> Respon
         status, headers, body = rendered(looking.result(), request.scope)
         response = Response(body, status)
         response.raw_headers = headers
+        response.headers.update(applied)
         return response
     finally:
         looking.cancel()
@@ -4341,6 +4518,9 @@ class SnapshotResponse(FileResponse):
         finally:
             self._snapshot = None  # a client that hangs up leaves us in a cycle, and the collector is in no hurry
 
+
+# Of a header like `respond-async, wait=10`; the value may be quoted.
+PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re.ASCII | re.IGNORECASE)
 
 Compression = Annotated[
     Literal["zstd", "snappy", "none"], Query(description="snappy is larger, but known to every reader")
@@ -4429,9 +4609,10 @@ async def tell_lines(
     kept = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
     line_form = LineForm(form == CSV, details)
-    lines = noting(request.state.lookups.batch(in_windows(rows, fleet, kept), line_form), count, client)
+    patience, applied = read_patience(request)
+    lines = noting(request.state.lookups.batch(in_windows(rows, fleet, kept), line_form, patience), count, client)
     told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, line_form)
-    return StreamingResponse(told, headers={"X-Total-Count": str(count)}, media_type=form)
+    return StreamingResponse(told, headers={"X-Total-Count": str(count)} | applied, media_type=form)
 
 
 @app.post(
@@ -4524,7 +4705,13 @@ async def readyz(request: Request, response: Response) -> Readiness:
         response.status_code = 503
         response.headers["Retry-After"] = "1"  # what was found holds for a second
     status: Literal["ok", "unavailable"] = "ok" if cache == "ok" else "unavailable"
-    return Readiness(status=status, cache=cache, vpic=request.state.vpic.state)
+    return Readiness(
+        status=status,
+        cache=cache,
+        vpic=request.state.vpic.state,
+        unconfirmed=request.state.cache.unconfirmed,
+        offline_data=await asyncio.to_thread(offline_month),
+    )
 
 
 @app.get("/metrics", tags=["metrics"], include_in_schema=False)

@@ -1207,7 +1207,7 @@ async def test_log_has_a_line_per_failed_call_and_per_turn_of_the_breaker(
 ) -> None:
     """VIN, what happened, how long; when the breaker opens, and when it closes; and no traceback."""
     vins = trucks(6)
-    async with start(breaker_failures=3, breaker_seconds=0.8, vpic_timeout=1.2) as service:
+    async with start(breaker_failures=3, breaker_seconds=0.8, vpic_timeout=1.2, offline=False) as service:
         vpic.fault = in_turn(refuses(500), refuses(429, 90), hangs)
         for vin in vins[:4]:  # the last two find the breaker open: no call, no line
             await service.lookup(vin)
@@ -1331,6 +1331,7 @@ def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
     healthy, failing, offline = (json.loads(line) for line in ran.stdout.splitlines())
     for told in (healthy, failing, offline):
         assert told.pop("vincache.store.duration s file ok") > 5
+        assert told.pop("vincache.unconfirmed ") in (0, 1)  # as last counted
     assert healthy == {
         "vincache.lookups  vpic": 1,
         "vincache.lookups  hit": 1,
@@ -3187,25 +3188,195 @@ def without_ultravin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hiding"))
 
 
-async def test_offline_answers_stand_for_their_own_short_life(start: Start, vpic: PlayedVpic) -> None:
-    """With no vPIC and no row, the VIN is decoded offline and stored; when that ends, vPIC's word replaces it."""
-    async with start(offline_ttl=1800) as service:
+async def test_an_offline_answer_is_confirmed_behind(start: Start, vpic: PlayedVpic) -> None:
+    """With no vPIC and no row, the VIN is decoded offline and stored; when vPIC is back, its word replaces the row, and
+    nobody has to ask for that."""
+    async with start(breaker_failures=1, breaker_seconds=0.3) as service:
         vpic.fault = refuses(403)
         got, first = await service.lookup(TRUCK)
         assert (got, first["source"], first["cached_result"]) == (200, "offline", False)
-        vpic.fault = answers
         assert await service.lookup(TRUCK) == (200, first | {"cached_result": True})
-        assert vpic.calls == [[TRUCK]]
-        [row] = service.rows()
-        assert (row["source"], row["decoded"]) == ("offline", 1)
-        assert 1800 <= row["expires_at"] - row["fetched_at"] <= 1801
-
-        service.expire()
+        vpic.fault = answers
+        await until(lambda: [row["source"] for row in service.rows()] == ["vpic"])
         got, second = await service.lookup(TRUCK)
-        assert got == 200
-        assert second == first | {"source": "vpic", "fetched_at": second["fetched_at"]}
-        assert vpic.calls == [[TRUCK]] * 2
-        assert [row["source"] for row in service.rows()] == ["vpic"]
+        assert second == first | {"source": "vpic", "cached_result": True, "fetched_at": second["fetched_at"]}
+
+
+async def test_a_vin_that_vpic_does_not_answer_is_not_asked_again_for_offline_ttl(
+    start: Start, vpic: PlayedVpic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that fails for one VIN alone is not made again before OFFLINE_TTL; meanwhile the offline row serves."""
+    monkeypatch.setattr(main, "CONFIRM_S", 0.1)
+
+    async def chokes(request: web.Request, vins: list[str]) -> web.StreamResponse:
+        return await (says("<html>") if TRUCK in vins else answers)(request, vins)
+
+    vpic.fault = chokes
+    async with start(offline_ttl=2, breaker_failures=100) as service:
+        assert (await service.lookup(TRUCK))[1]["source"] == "offline"
+        for _ in range(20):
+            assert (await service.lookup(TRUCK))[1]["cached_result"] is True
+            await asyncio.sleep(0.02)
+        assert vpic.calls == [[TRUCK]]
+        await until(lambda: vpic.calls == [[TRUCK]] * 2)
+        await service.batch(trucks(3))
+        vpic.fault = answers
+        await until(lambda: {row["source"] for row in service.rows()} == {"vpic"})
+
+
+async def test_the_rows_of_an_outage_are_confirmed_oldest_first_after_a_restart(start: Start, vpic: PlayedVpic) -> None:
+    """Up to 50 a call, behind everything else; vPIC's verdict counts also where it is "undecodable"."""
+    vins = [*trucks(119), UNKNOWN]
+    async with start(vpic_url="") as service:
+        assert {line["source"] for line in await service.batch(vins)} == {"offline"}
+        assert (await service.get("/readyz"))[1]["vpic"] == "offline"
+    sql(service.database, "UPDATE vehicles SET expires_at = expires_at - (vin = ?) * 100", vins[70])
+    async with start(vpic_concurrency=1) as service:
+        await until(lambda: {row["source"] for row in service.rows()} == {"vpic"})
+        assert [len(call) for call in vpic.calls] == [50, 50, 20]
+        assert vins[70] in vpic.calls[0]
+        assert (await service.lookup(UNKNOWN))[0] == 404
+        unconfirmed = [row for row in service.rows() if row["source"] != "vpic"]
+        assert unconfirmed == []
+
+
+@BOTH
+async def test_unconfirmed_rows_are_claimed_once(start: Start, vpic: PlayedVpic, database: Database) -> None:
+    """Two services on one cache do not ask twice for what was decoded offline."""
+    vins = trucks(300)
+    async with start(database=database.setting, vpic_url="") as service:
+        assert {line["source"] for line in await service.batch(vins)} == {"offline"}
+    vpic.delay = 0.05
+    settings = {"database": database.setting, "vpic_concurrency": 1}
+    async with start(**settings), start(**settings):
+        unconfirmed = "SELECT count(*) FROM vehicles WHERE source = 'offline'"
+        async with asyncio.timeout(30):
+            while [tuple(row) for row in database.sql(unconfirmed)] != [(0,)]:  # noqa: ASYNC110 - of the database
+                await asyncio.sleep(0.1)
+    assert sorted(vpic.asked) == vins
+
+
+async def test_unconfirmed_rows_are_told_of(start: Start) -> None:
+    """/readyz says how many there are, and of which month the offline data is; the log says the month at the start."""
+    async with start(vpic_url="") as service:
+        await service.batch(trucks(3))
+    async with start(vpic_url=f"http://127.0.0.1:{free_port()}", breaker_failures=100) as service:
+        async with asyncio.timeout(20):
+            while (await service.get("/readyz"))[1]["unconfirmed"] != 3:  # noqa: ASYNC110 - counted behind
+                await asyncio.sleep(0.05)
+        month = str(ultravin.provenance()["data_month"]).replace("_", "-")
+        assert (await service.get("/readyz"))[1]["offline_data"] == month
+
+
+@pytest.mark.parametrize(("now", "level"), [("2026-12-01", "INFO"), ("2027-06-01", "WARNING")])
+async def test_the_log_names_the_age_of_the_offline_data(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, now: str, level: str
+) -> None:
+    """It warns where the data is more than half a year old."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return datetime.fromisoformat(now).replace(tzinfo=tz)
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(main, "offline_month", lambda: "2026-10")
+    monkeypatch.setattr(main, "datetime", Clock)
+    await main.log_offline_month()
+    [record] = caplog.records
+    assert (record.levelname, "2026-10" in record.getMessage()) == (level, True)
+
+
+async def test_offline_attributes_have_vpics_ids(start: Start) -> None:
+    """MakeID, ModelID and ManufacturerId are vPIC's own, so that the two sources differ only where the data do."""
+    recorded = {"MakeID": "474", "ModelID": "1861", "ManufacturerId": "988"}
+    async with start(vpic_url="") as service:
+        _, body = await service.get("/lookup/1HGCM82633A004352?details=true")
+        assert {name: body["attributes"][name] for name in recorded} == recorded
+
+
+# -- Patience ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["setting", "header"])
+async def test_who_does_not_wait_is_answered_at_once_and_confirmed_behind(
+    start: Start, vpic: PlayedVpic, way: str
+) -> None:
+    """With a patience of 0 a cold VIN is answered offline while vPIC is asked; vPIC's word replaces it."""
+    vpic.delay = 0.5
+    settings, headers = ({"patience": 0}, {}) if way == "setting" else ({}, {"Prefer": "wait=0"})
+    async with start(**settings) as service:
+        status, body, got = await service.ask("GET", f"/lookup/{TRUCK}", headers=headers)
+        assert (status, body["source"], got["X-Cache"]) == (200, "offline", "OFFLINE")
+        assert got.get("Preference-Applied") == (None if way == "setting" else "wait=0")
+        await until(lambda: [row["source"] for row in service.rows()] == ["vpic"])
+        assert vpic.calls == [[TRUCK]]
+
+
+async def test_patience_ends_where_vpic_takes_longer(start: Start, vpic: PlayedVpic) -> None:
+    """vPIC's answer within the patience is the caller's; after it, an expired row comes before the offline data."""
+    async with start(patience=1) as service:
+        vpic.delay = 0.2
+        assert (await service.lookup(TRUCK))[1]["source"] == "vpic"
+        service.expire()
+        go = vpic.holds()
+        stale = await service.send(LOOKUPS[0], TRUCK)
+        assert (stale[1]["source"], stale[2]["X-Cache"]) == ("vpic", "STALE")
+        assert (await service.lookup(OTHER_TRUCK))[1]["source"] == "offline"
+        go.set()
+        await until(lambda: {row["source"] for row in service.rows()} == {"vpic"} and len(service.rows()) == 2)
+
+
+async def test_patience_never_makes_a_no_of_the_offline_data(start: Start, vpic: PlayedVpic) -> None:
+    """What the offline data does not know goes on waiting for vPIC."""
+    vpic.delay = 0.3
+    async with start(patience=0) as service:
+        status, body = await service.lookup(UNKNOWN)
+        assert (status, body["source"]) == (404, "vpic")
+
+
+@pytest.mark.parametrize("form", ["json", "file"])
+async def test_a_cold_batch_without_patience_streams_offline(start: Start, vpic: PlayedVpic, form: str) -> None:
+    """Each line's patience begins when it is looked up; all rows become vPIC's behind."""
+    vpic.delay = 0.1
+    vins = trucks(700)
+    sent: dict[str, Any] = {"json": {"vins": vins}} if form == "json" else {"data": "\n".join(vins)}
+    async with start() as service:
+        _, body, got = await service.ask("POST", "/lookup/batch", headers={"Prefer": "wait=0"}, **sent)
+        lines = [json.loads(line) for line in body.splitlines()]
+        assert [(line["vin"], line["source"]) for line in lines] == [(vin, "offline") for vin in vins]
+        assert got["Preference-Applied"] == "wait=0"
+        await until(lambda: {row["source"] for row in service.rows()} == {"vpic"})
+        assert sorted({*vpic.asked}) == vins
+
+
+@pytest.mark.parametrize(
+    ("prefer", "applied"),
+    [
+        ("wait=3", "wait=3"),
+        ("respond-async, wait=3", "wait=3"),
+        ('WAIT = "3"; x=y', "wait=3"),
+        ("wait=99999999999999999999", "wait=8"),
+        ("wait=3, wait=5", "wait=3"),
+        ("wait=soon", None),
+        ("wait=-1", None),
+        ("wait=1.5", None),
+        ("await=3", None),
+        ("return=minimal", None),
+        ("", None),
+    ],
+)
+async def test_prefer_is_read_as_the_rfc_has_it(service: Service, prefer: str, applied: str | None) -> None:
+    """Whole seconds of `wait` count, VPIC_TIMEOUT at most; anything else is ignored."""
+    status, _, headers = await service.ask("GET", f"/lookup/{TRUCK}", headers={"Prefer": prefer})
+    assert (status, headers.get("Preference-Applied")) == (200, applied)
+
+
+def test_patience_cannot_be_longer_than_a_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a bad setting, which names both."""
+    monkeypatch.chdir(tmp_path)
+    with environment(patience=9), pytest.raises(main.StartupError, match=r"PATIENCE is longer than VINCACHE_VPIC_T"):
+        main.read_settings()
 
 
 async def test_a_stand_in_never_says_no(start: Start, vpic: PlayedVpic) -> None:
@@ -3254,7 +3425,7 @@ async def test_after_a_wrong_answer_the_offline_data_serves(start: Start, vpic: 
 
 
 async def test_empty_url_means_offline_only(start: Start, vpic: PlayedVpic) -> None:
-    """No call is made; VINs are decoded, an expired row of vPIC's serves on, an expired offline one is decoded anew."""
+    """No call is made; VINs are decoded, and an expired row of vPIC's serves on."""
     async with start() as service:
         await service.lookup(OTHER_TRUCK)
         service.expire()
@@ -3263,25 +3434,10 @@ async def test_empty_url_means_offline_only(start: Start, vpic: PlayedVpic) -> N
         for cached in (False, True):
             status, body = await service.lookup(TRUCK)
             assert (status, body["source"], body["cached_result"]) == (200, "offline", cached)
-        service.expire(TRUCK)
-        assert (await service.lookup(TRUCK))[1]["cached_result"] is False
         assert (await service.lookup(UNKNOWN))[0] == 404
         assert (await service.lookup(OTHER_TRUCK))[1]["source"] == "vpic"
         assert await service.breaker() == "offline"
     assert vpic.calls == []
-
-
-@NEEDS_PROC
-async def test_offline_data_is_loaded_when_first_needed(launch: Launch, vpic: PlayedVpic) -> None:
-    """A service with a healthy vPIC never loads it."""
-    process = launch()
-    maps = Path(f"/proc/{process.pid}/maps").read_text
-    async with process.serving(vpic) as service:
-        assert (await service.lookup(TRUCK))[0] == 200
-        assert "ultravin" not in maps()
-        vpic.fault = refuses(403)
-        assert (await service.lookup(OTHER_TRUCK))[1]["source"] == "offline"
-        assert "ultravin" in maps()
 
 
 async def test_offline_off_leaves_the_clear_error(service: Service, vpic: PlayedVpic) -> None:
@@ -3468,7 +3624,7 @@ async def test_offline_data_that_fail_are_unknown(
     def fails(*_: object, **__: object) -> None:
         raise OSError("Too many open files")
 
-    monkeypatch.setattr(ultravin, "decode", fails)
+    monkeypatch.setattr(ultravin, "decode_batch", fails)
     vpic.fault = refuses(403)
     async with start(vpic_timeout=5) as service, asyncio.timeout(20):
         assert (await service.lookup(TRUCK))[0] == 503
@@ -3700,17 +3856,6 @@ async def test_without_grace_an_expired_row_waits_for_vpic(start: Start, vpic: P
         service.expire(days=0.001)
         vpic.fault = says(lambda vin: honest(vin, Model="389"))
         assert (await service.lookup(TRUCK))[1]["model"] == "389"
-
-
-async def test_a_stand_in_has_no_grace(start: Start, vpic: PlayedVpic) -> None:
-    """What was decoded offline gives way to vPIC as soon as it expires."""
-    async with start(breaker_seconds=0.1, breaker_failures=1) as service:
-        vpic.fault = refuses(403)
-        assert (await service.lookup(TRUCK))[1]["source"] == "offline"
-        service.expire(days=0.001)
-        vpic.fault = answers
-        await asyncio.sleep(0.2)
-        assert (await service.lookup(TRUCK))[1]["source"] == "vpic"
 
 
 async def test_a_failed_refresh_is_not_tried_again_for_stale_ttl(start: Start, vpic: PlayedVpic) -> None:
@@ -7127,7 +7272,7 @@ async def test_small_routes(service: Service) -> None:
 
 async def test_readyz_tells_of_the_cache_and_of_vpic(start: Start, vpic: PlayedVpic) -> None:
     """GET and HEAD: 200 while the cache can be read and written, whatever vPIC does; else 503 with the reason."""
-    ok = {"status": "ok", "cache": "ok", "vpic": "ok"}
+    ok = {"status": "ok", "cache": "ok", "vpic": "ok", "unconfirmed": 0, "offline_data": main.offline_month()}
 
     async def readyz(service: Service) -> tuple[int, Any]:
         status, body = await service.get("/readyz")
