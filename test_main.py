@@ -4523,7 +4523,7 @@ class Source:
     """A call to vPIC, or a decoding of the offline data."""
 
     def __init__(self, kind: str, number: int, questions: Iterable[str], began: float) -> None:
-        self.kind, self.number, self.questions, self.began = kind, number, frozenset(questions), began
+        self.kind, self.number, self.questions, self.began = kind, number, [*questions], began
         self.ended = math.inf
         self.task = asyncio.current_task()  # that asks
         self.outcome = ""  # of a call: answered; `vin` or `vpic`, which may be to blame for a failure; empty: neither
@@ -4573,6 +4573,7 @@ class SimulatedVpic:
         self.under_way: list[Source] = []
         self.service_ended = False
         self.failing_since = math.inf  # the end of the first failed call after the last answer
+        self.hopeless_until = -math.inf  # the next probe, after calls have failed for VPIC_BATCH_TIMEOUT
         self._failed: list[Source] = []  # since the last answer
         self.breaker_is_open, self._probe_at = False, -math.inf
 
@@ -4637,8 +4638,8 @@ class SimulatedVpic:
         if self.rate_reached_since(call.began):
             complain("more calls in a minute than VPIC_RATE")
         for other in self.under_way:
-            for question in other.questions & call.questions:
-                if not self._simulation.may_ask_beside(call, other, question):
+            for question in call.questions:
+                if question in other.questions and not self._simulation.may_ask_beside(call, other, question):
                     complain(f"{question} is asked twice at the same time")
         if self.breaker_is_open:
             if call.began < self._probe_at:
@@ -4656,13 +4657,15 @@ class SimulatedVpic:
         elif call.outcome:
             self._failed.append(call)
             self.failing_since = min(self.failing_since, call.ended)
-            blamed = {failed.questions for failed in self._failed if failed.outcome == "vin"}
+            blamed = {frozenset(failed.questions) for failed in self._failed if failed.outcome == "vin"}
             # The failure of a call for several VINs counts no more once one of fewer VINs explains it.
             count = sum(not any(other < questions for other in blamed) for questions in blamed)
             count += sum(failed.outcome == "vpic" for failed in self._failed)
             probed = self.breaker_is_open and call.began >= self._probe_at
             if probed or count >= self._settings.breaker_failures:
                 self.breaker_is_open, self._probe_at = True, call.ended + self._settings.breaker_seconds
+                if call.ended - self.failing_since >= self._settings.vpic_batch_timeout:
+                    self.hopeless_until = self._probe_at
 
 
 @dataclass
@@ -4972,10 +4975,10 @@ class Simulation:
         return "" if is_cached or source.kind == "vpic" else self._haste(asked)
 
     def _haste(self, asked: Asked) -> str:
-        """Batches are patient: what was not asked is not told without vPIC before that has failed for long."""
+        """Batches are patient: what was not asked is told without vPIC only if vPIC has failed for long, and is not
+        just being tried again."""
         tried = any(asked.question in call.questions and call.ended >= asked.began for call in self.vpic.calls)
-        failing = self.world.time() - self.vpic.failing_since
-        if not asked.in_batch or tried or failing >= self.settings.vpic_batch_timeout:
+        if not asked.in_batch or tried or self.vpic.hopeless_until >= asked.began:
             return ""
         return "" if self.vpic.rate_reached_since(asked.began) else "before vPIC has failed for long"
 
