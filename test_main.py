@@ -5347,13 +5347,13 @@ def test_any_statement_of_a_migration_may_fail(tmp_path: Path, monkeypatch: pyte
         database = copied(old, f"{failing}.db")
         with monkeypatch.context() as patches, suppress(sqlite3.OperationalError):
             patches.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=Connection, **kwargs))
-            main.prepare(database)
+            main.prepare_file(database)
         version = 1 if executed == failing else main.SCHEMA_VERSION
         for expected in (version, main.SCHEMA_VERSION):
             assert is_whole(database)
             assert sql(database, "PRAGMA user_version")[0][0] == expected
             assert sql(database, "SELECT count(*) FROM vehicles WHERE model = '388'")[0][0] == 20_000
-            main.prepare(database)
+            main.prepare_file(database)
     assert failing > 10
 
 
