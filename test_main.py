@@ -6174,7 +6174,7 @@ async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path)
 
 
 # ======================================================================================================================
-# Doors: 401, then 429, then 413, then 422. Nobody gets past one by the form of what is sent, or by its size.
+# Access: 401, then 429, then 413, then 422. No form and no size of a request gets past a check.
 # ======================================================================================================================
 
 
@@ -6275,7 +6275,7 @@ ODD_PATHS = ["%C2%85", "%E2%80%A8", "%E2%80%A9", "%EF%BB%BF", "%C0%8A", "%0D%0A"
 CONTROLS = [f"%{byte:02X}" for byte in [*range(0x20), 0x7F]] + ["%C2%85", "%E2%80%A8", "%E2%80%A9", "%0D%0A", "%00."]
 
 
-async def test_no_byte_in_a_path_opens_a_door(launch: Launch) -> None:
+async def test_no_byte_in_a_path_gets_past_the_key(launch: Launch) -> None:
     """Whatever stands before, inside or behind the words of a path: without the key none is answered, and with it none
     without being counted. With a control character a path is none."""
     pytest.importorskip("opentelemetry.exporter.prometheus")
@@ -6322,7 +6322,7 @@ async def test_what_is_not_expressly_open_is_locked(start: Start) -> None:
                 assert (status != 401) == (route.path in TAKES_ANYTHING - {"/metrics"}), (method, path)
     with pytest.raises(ValueError, match="not enough values"):
         main.TaggedRoute("/new", main.healthz)
-    assert main.TaggedRoute("/new", main.healthz, tags=["new"]).tag not in main.OPEN
+    assert main.TaggedRoute("/new", main.healthz, tags=["new"]).tag not in main.OPEN_TAGS
 
 
 async def test_service_without_a_key_is_open_and_says_so_once(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -6335,7 +6335,7 @@ async def test_service_without_a_key_is_open_and_says_so_once(start: Start, capl
     assert len(logged(caplog, "VINCACHE_API_KEY is empty")) == 1
 
 
-BROKEN_REQUESTS = {  # what is 422 once it has passed the doors
+BROKEN_REQUESTS = {  # what is 422 when the access is granted
     "GET query": ("GET", "/lookup?vin=x", None),
     "GET repeated": ("GET", f"/lookup?vin={TRUCK}&vin={TRUCK}", None),
     "GET path": ("GET", "/lookup/x", None),
@@ -6914,7 +6914,7 @@ async def test_workers_replace_a_damaged_file_once_for_all(launch: Launch, tmp_p
 
 
 # ======================================================================================================================
-# Front: HTTP as clients, caches and browsers go by it.
+# Middleware: HTTP as clients, caches and browsers expect it.
 # ======================================================================================================================
 
 METHODS = {
@@ -7222,7 +7222,7 @@ checks.positive_data_acceptance.enabled = false
 
 @pytest.mark.parametrize("settings", [settings for settings, _ in CONFIGURATIONS.values()], ids=CONFIGURATIONS)
 async def test_fuzzer_finds_nothing(launch: Launch, vpic: PlayedVpic, tmp_path: Path, settings: dict[str, Any]) -> None:
-    """schemathesis with all its checks finds no 5xx, no answer that the schema lacks, no door but those it tells of."""
+    """schemathesis with all its checks finds no 5xx, no answer that the schema lacks, no key that it does not name."""
     await fuzz(
         launch("--no-access-log", export_limit="1000000/minute", vpic_rate=10**6, **settings), tmp_path, settings
     )
