@@ -1,26 +1,29 @@
 """vincache: an async microservice that decodes VINs with NHTSA's vPIC, once, and remembers the answer.
 
 The journey of a VIN:
-  1. `Front` lets the request in: the prefix, the key, the client's limit, the size of the body.
-  2. It answers a cached VIN at once, by `Cache.hit`: most journeys end here, also of those that have just expired.
-  3. Else `normalize_vin` makes a `Vin` of what was sent, or a 422, and `Lookups.lookup` takes the question from there.
-  4. `_join` shares the ticket of this question that is under way, or `Counter` has a new one wait for a place.
-  5. `_fly` asks vPIC for those who board together; `Vpic.decode` has the retries, the rate and the breaker.
-  6. If vPIC can't be used, `_fall_back` serves the expired row, else `decode_offline`'s word, else the failure.
-  7. `Cache.store` keeps what is new, and the caller gets its `Answer`.
-A batch is many such journeys, told in order; `Fleet` reads them from an uploaded file, and `as_csv` writes their
-answers beside the columns that came. An export is one look at the whole table, by a process of its own.
+  1. `Middleware` finds the route and checks the key, the client's limit and the size of the body.
+  2. It answers a cached VIN at once, by `Cache.hit`: most journeys end here, also for a row that has just expired.
+  3. Else `normalize_vin` makes a `Vin` of the text that was sent, or a 422, and `Lookups.lookup` takes the question.
+  4. `_join` shares the question's ticket if there is one, else `Scheduler` has a new ticket wait for a place.
+  5. `_call_vpic` asks vPIC for all tickets of a call; `Vpic.decode` has the retries, the rate and the breaker.
+  6. If vPIC can't be used, `_answer_without_vpic` serves the expired row, else an offline decoding, else the failure.
+  7. `Cache.store` stores a new answer, and then the caller gets its `Answer`.
+A batch is many such journeys, answered in order; `Fleet` reads them from an uploaded file, and `as_csv` writes their
+answers beside the file's own columns. An export is one snapshot of the whole table, made by a process of its own.
 
 Glossary:
   VIN         vehicle identification number, 17 letters and digits
   question    what is asked and cached: a VIN, and the model year where it is given
-  vPIC        NHTSA's public decoder; "asking vPIC" is one HTTP call to it, for one VIN or for 50
+  vPIC        NHTSA's public decoder
+  call        one HTTP request to vPIC, for one question or for up to 50
   decodable   vPIC knows a make for the VIN; an undecodable VIN is an answer too, and is cached
-  record      a row of the table `vehicles`: what was decoded, by whom, when, and until when it is fresh
-  ticket      a question that waits for vPIC or is being asked, shared by all who ask it at that moment
-  place       one of the few calls to vPIC that may be under way at once
+  record      a row of the table `vehicles`: what was decoded, from which source, when, and until when it is fresh
+  ticket      a question that waits for vPIC or is being asked, shared by all callers that ask it at that moment
+  place       one of the few calls to vPIC that may be made at once
   stale       a row past its `expires_at`, served in its grace, or because vPIC can't be used
-  store       what carries SQL out: one SQLite file, or an rqlite cluster that many nodes of the service share
+  store       what executes SQL: one SQLite file, or an rqlite cluster that many nodes of the service share
+  snapshot    an export that is built: a Parquet file of all rows at one moment
+  line        of a file, of the answer of a batch, or of the log: always a line of text
 """
 
 import asyncio
@@ -86,12 +89,11 @@ import aiosqlite
 import limits.errors
 import stamina
 from dotenv import dotenv_values
-from fastapi import Depends, FastAPI, Query, Request, Response, Security
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from fastapi.security import APIKeyHeader
 from fastapi.telemetry._api import _route_selected
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import Storage
@@ -131,7 +133,7 @@ if sys.platform != "win32":
     import fcntl
 
 # ======================================================================================================================
-# Settings: the only room that reads the environment. Every knob is one line, with its unit and its reason.
+# Settings: the only room that reads the environment. Every setting is one line, with its unit and its reason.
 # ======================================================================================================================
 
 
@@ -139,42 +141,34 @@ class StartupError(Exception):
     """One sentence that tells the operator why the service does not start."""
 
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """For the end of an error: the known name that may have been meant, if there is one."""
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """For the end of an error: the known name that is much like this one, or an empty string."""
     plain = {re.sub("[^a-z]", "", word.lower()): word for word in known}
-    meant = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
-    return f" (did you mean {plain[meant[0]]}?)" if meant else ""
+    similar = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
+    return f" (did you mean {plain[similar[0]]}?)" if similar else ""
 
 
 def check_url(url: str) -> str:
-    """The URL without a trailing slash. Raises ValueError unless it is empty or an http(s) URL with a host and no
-    more than a path, to which ours are added."""
+    """The URL without a trailing slash. Raises ValueError unless it is empty, or an http(s) URL to which a path and a
+    query can be added."""
     parts = urlsplit(url)
-    _ = parts.port  # raises, too
+    _ = parts.port  # raises ValueError if it is not a number up to 65535
     if url and (parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s?#]", url)):
         raise ValueError("not an http or https URL without blanks, query and fragment (empty means: offline only)")
     return url.rstrip("/")
 
 
-def check_blanks(url: str) -> str:
-    """The URL as given. Raises ValueError if there are blanks in it."""
-    if re.search(r"\s", url):
-        raise ValueError("a URL has no blanks")
-    return url
-
-
 def check_origins(origins: str) -> str:
     """The origins as given. Raises ValueError unless each is one as a browser sends it, or `*` for all."""
-    for origin in origins.split(",") if origins else ():
-        if not re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin.strip()):
-            raise ValueError(
-                "not origins like https://fleet.example.com, comma-separated, in small letters (empty: none)"
-            )
+    if not all(
+        re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin.strip()) for origin in origins.split(",") if origins
+    ):
+        raise ValueError("not origins in small letters, like https://fleet.example.com,https://example.com")
     return origins
 
 
 def check_limit(limit: str) -> str:
-    """The rate limit as given. Raises ValueError unless it is empty or one like `10/minute`."""
+    """The rate limit as given. Raises ValueError unless it is empty, or one limit like `10/minute`."""
     if limit and (len(parsed := limits.parse_many(limit)) != 1 or parsed[0].amount < 1):
         raise ValueError("not one limit like 10/minute (empty means: none)")
     return limit
@@ -184,8 +178,8 @@ CLUSTER_NODE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?", re.AS
 
 
 class ClusterAddress(NamedTuple):
-    """Of an rqlite cluster: the URLs of its nodes, in the order given, and a user and a password, empty if there are
-    none."""
+    """The address of an rqlite cluster: the URLs of its nodes in the order given, a user and a password. Both are empty
+    if none are given."""
 
     nodes: list[str]
     user: str
@@ -193,9 +187,9 @@ class ClusterAddress(NamedTuple):
 
 
 def find_cluster(database: str) -> ClusterAddress | None:
-    """What stands in `rqlite://user:password@host:port,host:port`, with `rqlites` for TLS; None if it is a path.
+    """The address in `rqlite://user:password@host:port,host:port`, or `rqlites://` for TLS; None for a path.
 
-    Raises ValueError if it is neither."""
+    Raises ValueError for any other URL."""
     scheme, is_url, rest = database.partition("://")
     if not is_url:
         return None
@@ -214,29 +208,26 @@ def find_cluster(database: str) -> ClusterAddress | None:
 
 
 def check_database(database: str) -> str:
-    """The path, or the URL of a cluster, as given. Raises ValueError."""
+    """The path, or the URL of a cluster, as given. Raises ValueError for any other URL."""
     find_cluster(database)
     return database
 
 
-def plain_number(seconds: float) -> float:
-    """For the log: 30, not 30.0."""
-    return int(seconds) if seconds.is_integer() else seconds
-
-
-Seconds = Annotated[float, Field(gt=0, le=1e9), AfterValidator(plain_number)]
-NoneOrSeconds = Annotated[float, Field(ge=0, le=1e9), AfterValidator(plain_number)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+NoneOrSeconds = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
 Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
+Origins = Annotated[str, AfterValidator(check_origins)]
+StorageUrl = Annotated[str, Field(pattern=r"^\S*$")]
 
 
 def mask(text: str) -> str:
-    """The text without the credentials in its URLs: a user and a password, and the values of a query."""
+    """The text without the credentials in its URLs: the user and the password, and the values of the query."""
     return re.sub(r"([?&][^=&\s]*=)[^&\s]*", r"\1***", re.sub(r"://\S*@", "://***@", text))
 
 
-ENV_FILE, ENV_ENCODING = ".env", "utf-8-sig"  # an editor may have put a BOM in front
+ENV_FILE, ENV_ENCODING = ".env", "utf-8-sig"  # some editors begin the file with a byte order mark
 
 
 class Settings(BaseSettings):
@@ -247,50 +238,50 @@ class Settings(BaseSettings):
     )
 
     database: Annotated[str, PlainValidator(check_database)] = (  # plain: a path need not be text
-        "vincache.db"  # the cache: an SQLite file, made if it is missing; or `rqlite://...`, a cluster
+        "vincache.db"  # the cache: an SQLite file, which is made if it is missing; or `rqlite://...`, a cluster
     )
-    ttl: Seconds = 30 * 86400  # a decoded VIN is fresh this long: vPIC's data drift with its releases
-    invalid_ttl: Seconds = 86400  # an undecodable one: a manufacturer may register tomorrow
-    grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, and asked anew behind it
-    keep_expired: Seconds = 30 * 86400  # an expired row stays this long, for outages; then it is deleted
-    attributes: bool = True  # keep all that vPIC says, for details=true: some 1.3 kB a VIN
-    busy_timeout: Seconds = 2  # a store waits this long for a locked file, then the answer goes out uncached
+    ttl: Seconds = 30 * 86400  # a decoded VIN stays fresh for this long: vPIC's data change with its releases
+    invalid_ttl: Seconds = 86400  # an undecodable one: its manufacturer may register tomorrow
+    grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, then vPIC is asked again
+    keep_expired: Seconds = 30 * 86400  # an expired row is kept for this long, for outages of vPIC; then it is deleted
+    attributes: bool = True  # store all that vPIC says, for details=true: some 1.3 kB a VIN
+    busy_timeout: Seconds = 2  # a write waits this long for a locked file; then the answer is sent but not stored
 
-    vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: no call is made, all is decoded offline
+    vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: vPIC is not called, every VIN is decoded offline
     vpic_timeout: Seconds = 8  # the deadline of one lookup, retries and waiting included
-    patience: NoneOrSeconds | None = (
-        None  # a lookup waits so long for vPIC before it is answered without; unset: no limit
-    )
-    # The deadline of one call for 50 VINs, of which vPIC decodes some 20 a second; and how long vPIC has to fail before
-    # the lines of a batch wait for it no longer.
+    # How long a caller waits for vPIC before it is answered without it. Unset: a lookup until its deadline, a batch
+    # until vPIC has failed for long.
+    patience: NoneOrSeconds | None = None
+    # The deadline of one call for 50 VINs, of which vPIC decodes some 20 a second. It is also how long vPIC has to fail
+    # before the lines of a batch are answered without it.
     vpic_batch_timeout: Seconds = 30
-    vpic_concurrency: Count = 8  # calls under way at once
-    vpic_rate: Count = 1000  # calls in any minute: NHTSA asks for no more
-    nodes: Count = 1  # services, each of their workers counted, that share this rate and no storage to count it in
-    breaker_failures: Count = 5  # failed calls in a row, for different VINs, after which vPIC is left alone
-    breaker_seconds: Seconds = 30  # for this long; then one call probes it
-    stale_ttl: Seconds = 60  # an expired row that had to serve is not asked anew for this long
-    offline: bool = True  # decode with the vPIC data in the package ultravin when there is nothing else
-    offline_ttl: Seconds = 3600  # how long vPIC is not asked again for such a row if it gave no answer
+    vpic_concurrency: Count = 8  # calls to vPIC at once
+    vpic_rate: Count = 1000  # calls to vPIC in any minute: NHTSA asks for no more
+    nodes: Count = 1  # processes that share this rate, workers and machines multiplied, where no storage counts it
+    breaker_failures: Count = 5  # after so many failed calls in a row, for different VINs, vPIC is not called
+    breaker_seconds: Seconds = 30  # for this long; then one call tests whether vPIC works again
+    stale_ttl: Seconds = 60  # after vPIC failed for an expired row, the row is served for this long without a new call
+    offline: bool = True  # decode with the vPIC data in the package ultravin when there is no other answer
+    offline_ttl: Seconds = 3600  # a VIN that vPIC did not answer is not asked again for this long
 
     batch_limit: Annotated[int, Field(gt=0, le=100_000)] = 10_000  # VINs in one batch of JSON
-    upload_bytes: Annotated[int, Field(gt=0)] = 2**30  # of a file of VINs, which lies beside the database meanwhile
+    upload_bytes: Annotated[int, Field(gt=0)] = 2**30  # of one file of VINs, which is stored beside the database
     export_limit: Limit = "10/minute"  # exports built per client; empty: no limit
     lookup_limit: Limit = ""  # lookups per client, a batch counts its VINs; empty: no limit
-    rate_storage: Annotated[str, AfterValidator(check_blanks)] = (
-        "async+memory://"  # where clients and calls to vPIC are counted; `async+redis://...` is shared
+    rate_storage: StorageUrl = (
+        "async+memory://"  # where clients and calls to vPIC are counted; processes share `async+redis://...`
     )
-    api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: open to all
-    private: bool = False  # the lookups want the key too
-    max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # seconds that caches before us may answer without asking us
-    cors_origins: Annotated[str, AfterValidator(check_origins)] = ""  # whose pages may read us in a browser
-    log: Literal["text", "json"] = "text"  # one line an event either way
-    log_vins: bool = True  # false: our log lines have 1XP..........5307 for a VIN
-    metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
+    api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: no key is needed
+    private: bool = False  # lookups need a key too
+    max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # seconds for which HTTP caches may answer without asking us
+    cors_origins: Origins = ""  # pages of these origins may read our answers in a browser
+    log: Literal["text", "json"] = "text"  # the form of a line of the log
+    log_vins: bool = True  # false: our lines of the log have 1XP..........5307 for a VIN
+    metrics: bool = False  # serve /metrics for Prometheus; it needs a key if one is set
 
     @property
     def upload_folder(self) -> Path:
-        """For what is too large for memory: beside the database, in a container nothing else may be writable."""
+        """The folder for uploads and exports: the database's, because in a container no other may be writable."""
         is_file = find_cluster(self.database) is None
         return Path(self.database).absolute().parent if is_file else Path(tempfile.gettempdir())
 
@@ -301,53 +292,56 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def check_together(self) -> "Settings":
         if not self.vpic_url and not self.offline:
-            raise ValueError("VINCACHE_VPIC_URL is empty and VINCACHE_OFFLINE is false: nothing is left to decode with")
+            raise ValueError(
+                "VINCACHE_VPIC_URL is empty and VINCACHE_OFFLINE is false: there is nothing to decode with"
+            )
         if self.api_key.get_secret_value() and not self.api_keys:
-            raise ValueError("VINCACHE_API_KEY is set but has no key in it: all would be open")
+            raise ValueError("VINCACHE_API_KEY is set but has no key in it: nothing would be protected")
         if self.patience is not None and self.patience > self.vpic_timeout:
             raise ValueError("VINCACHE_PATIENCE is longer than VINCACHE_VPIC_TIMEOUT, the deadline of a lookup")
         if self.private and not self.api_keys:
-            raise ValueError("VINCACHE_PRIVATE is true but VINCACHE_API_KEY is empty: nobody could come in")
+            raise ValueError("VINCACHE_PRIVATE is true but VINCACHE_API_KEY is empty: every lookup would be refused")
         return self
 
     def __str__(self) -> str:
         """The effective settings in one line, without keys and without the credentials in URLs."""
-        return " ".join(f"{name}={mask(str(value))}" for name, value in self)
+        values = {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in self
+        }
+        return " ".join(f"{name}={mask(str(value))}" for name, value in values.items())
 
 
-# What Kubernetes puts into every container's environment for each service, here for those whose names begin with
-# vincache, like vincache-redis. A name that merely ends in _PORT may be a typo, so its value has to be an address, too.
+# Kubernetes sets these variables in every container for each service, so also for a service whose name begins with
+# vincache, like vincache-redis. For a name that merely ends in _PORT the value has to be an address, else it is a typo.
 KUBERNETES = re.compile(
     r"VINCACHE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)="
     r"|VINCACHE_(\w+_)?PORT=(tcp|udp|sctp)://"
 )
 
 
-def unknown_settings() -> list[str]:
-    """A fault for each variable that looks like one of ours: a typo must not leave a door open."""
+def find_unknown_settings() -> list[str]:
+    """An error for each VINCACHE_ variable that is no setting: with a typo in API_KEY all routes would be open."""
     known = [name.upper() for name in Settings.model_fields]
-    given = {
-        name.upper(): value for name, value in {**dotenv_values(ENV_FILE, encoding=ENV_ENCODING), **os.environ}.items()
-    }
-    ours = {name for name, value in given.items() if not KUBERNETES.match(f"{name}={value}")}
-    unknown = sorted(name[9:] for name in ours if name.startswith("VINCACHE_") and name[9:] not in known)
-    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown]
+    given = {**dotenv_values(ENV_FILE, encoding=ENV_ENCODING), **os.environ}
+    names = {name.upper() for name, value in given.items() if not KUBERNETES.match(f"{name.upper()}={value}")}
+    unknown = sorted(name[9:] for name in names if name.startswith("VINCACHE_") and name[9:] not in known)
+    return [f"VINCACHE_{name} is no setting{suggest_name(name, known)}" for name in unknown]
 
 
 def read_settings() -> Settings:
     """The settings. Raises StartupError with a sentence that names each bad one."""
     try:
-        faults = unknown_settings()
+        errors = find_unknown_settings()
         settings = Settings()
     except UnicodeDecodeError:
-        faults = [f"{ENV_FILE} is not UTF-8"]
+        errors = [f"{ENV_FILE} is not UTF-8"]
     except ValidationError as error:
-        faults += [
+        errors += [
             "".join(f"VINCACHE_{name}: ".upper() for name in fault["loc"]) + fault["msg"].removeprefix("Value error, ")
             for fault in error.errors()
         ]
-    if faults:
-        raise StartupError("bad settings: " + "; ".join(faults))
+    if errors:
+        raise StartupError("bad settings: " + "; ".join(errors))
     return settings
 
 
@@ -469,7 +463,7 @@ def refuse_unknown(given: Collection[str], known: Collection[str], what: str) ->
     honoured what it ignored."""
     unknown = [name for name in given if name not in known]
     if unknown:
-        named = ", ".join(ascii(name[:40]) + hint(name, known) for name in unknown[:3])
+        named = ", ".join(ascii(name[:40]) + suggest_name(name, known) for name in unknown[:3])
         more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
         raise PydanticCustomError("unknown", "Unknown {what}: {named}", {"what": what, "named": named + more})
 
@@ -849,35 +843,29 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
 
 
 # ======================================================================================================================
-# Telemetry: the log, and the few counts that nobody else can make. Requests, spans and HTTP metrics are FastAPI's own.
+# Telemetry: the log, and the counts that only we can make. Requests, spans and HTTP metrics are counted by FastAPI.
 # ======================================================================================================================
 
 log = logging.getLogger("vincache")
 
-# Without the OpenTelemetry SDK these are empty shells.
+# Without the OpenTelemetry SDK these do nothing.
 meter = metrics.get_meter("vincache")
 lookups_counter = meter.create_counter("vincache.lookups", description="VINs looked up, by outcome")
-# From a hit on a file to the longest call; OpenTelemetry's own boundaries, 5 to 10,000, are for milliseconds.
-SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-vpic_duration = meter.create_histogram(
-    "vincache.vpic.duration", "s", "Duration of calls to vPIC, by outcome", explicit_bucket_boundaries_advisory=SECONDS
-)
-store_duration = meter.create_histogram(
-    "vincache.store.duration",
-    "s",
-    "Duration of statements, by store and outcome",
-    explicit_bucket_boundaries_advisory=SECONDS,
-)
+# From a hit on a file to the longest call. OpenTelemetry's default boundaries, 5 to 10,000, are for milliseconds.
+BOUNDARIES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+create_histogram = partial(meter.create_histogram, unit="s", explicit_bucket_boundaries_advisory=BOUNDARIES_S)
+vpic_duration = create_histogram("vincache.vpic.duration", description="Duration of calls to vPIC, by outcome")
+store_duration = create_histogram("vincache.store.duration", description="Duration of statements, by store and outcome")
 unconfirmed_gauge = meter.create_gauge("vincache.unconfirmed", description="Rows decoded offline, not by vPIC yet")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z]{17}(?![0-9A-Za-z])")
+LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])([0-9A-Za-z]{3})[0-9A-Za-z]{10}([0-9A-Za-z]{4})(?![0-9A-Za-z])")
 
 
 class TextLine(logging.Formatter):
-    """Plain text, one line an event, whatever comes in from outside or with a traceback; times are UTC."""
+    """Plain text, one line an event: control characters, also those of a traceback, are escaped. Times are UTC."""
 
     converter = staticmethod(time.gmtime)
 
@@ -889,7 +877,7 @@ class TextLine(logging.Formatter):
 
 
 class JsonLine(JsonFormatter):
-    """A JSON object, one line an event. README's log.json names it too, for uvicorn's parent process."""
+    """A JSON object, one line an event. README's log.json names this class too, for uvicorn's parent process."""
 
     converter = staticmethod(time.gmtime)
 
@@ -898,50 +886,48 @@ class JsonLine(JsonFormatter):
             ["asctime", "levelname", "name", "message"],
             datefmt=UTC_TIME,
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-            # Of uvicorn's: the message once more, with terminal colours in it.
+            # uvicorn's color_message is the message again, with terminal colours in it.
             reserved_attrs=[*vars(logging.makeLogRecord({})), "color_message", "message", "asctime"],
         )
 
 
 def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
-    """Give our lines and uvicorn's one form. Ours are without credentials, and without VINs if so told."""
+    """Give uvicorn's lines and ours one form. Our lines have no credentials, and no VINs unless `log_vins` is true."""
     formatter = JsonLine() if form == "json" else TextLine()
-    root = logging.getLogger()
-    if not root.handlers:
-        root.addHandler(logging.StreamHandler())
-        root.handlers[0].setFormatter(formatter)
+    ours = logging.StreamHandler()
+    ours.setFormatter(formatter)
+    logging.basicConfig(handlers=[ours])  # does nothing if the root logger has a handler
     for name in ("uvicorn", "uvicorn.access"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(formatter)
 
-    def discreet(said: str) -> str:
-        masked = mask(said)
-        return masked if log_vins else LIKE_A_VIN.sub(lambda vin: f"{vin[0][:3]}{'.' * 10}{vin[0][-4:]}", masked)
+    def mask_text(text: str) -> str:
+        return mask(text) if log_vins else LIKE_A_VIN.sub(r"\1..........\2", mask(text))
 
-    def make_discreet(record: logging.LogRecord) -> bool:
-        record.msg, record.args = discreet(record.getMessage()), None
+    def mask_record(record: logging.LogRecord) -> bool:
+        record.msg, record.args = mask_text(record.getMessage()), None
         if record.exc_info:
-            record.exc_text, record.exc_info = discreet(TextLine().formatException(record.exc_info)), None
+            record.exc_text, record.exc_info = mask_text(TextLine().formatException(record.exc_info)), None
         return True
 
-    log.filters[:] = [make_discreet]
+    log.filters[:] = [mask_record]
     log.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").filters[:] = [explain_cancellation]
 
 
 def explain_cancellation(record: logging.LogRecord) -> bool:
-    """A sentence in place of the traceback that uvicorn logs for each request that it cancels at the end."""
+    """A filter: in place of the traceback of a request that uvicorn cancels at the end, the log has a sentence."""
     if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
         record.msg, record.args, record.exc_info = "request cut off: --timeout-graceful-shutdown is over", None, None
     return True
 
 
-Scrape = Callable[[str], tuple[bytes, str]]
+MetricsReader = Callable[[str], tuple[bytes, str]]  # from the header Accept to a body and its content type
 
 
 @asynccontextmanager
-async def open_metrics(wanted: bool) -> AsyncIterator[Scrape | None]:
-    """What Prometheus is told, by its Accept header: a body and its content type; None unless wanted.
+async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
+    """The reader of all metrics, for Prometheus; None unless wanted.
 
     Raises StartupError where OpenTelemetry's exporter is not installed."""
     if not wanted:
@@ -955,19 +941,19 @@ async def open_metrics(wanted: bool) -> AsyncIterator[Scrape | None]:
     except ImportError:
         why = "VINCACHE_METRICS is true but opentelemetry-exporter-prometheus is not installed"
         raise StartupError(f"bad settings: {why}") from None
-    if not isinstance(metrics.get_meter_provider(), MeterProvider):  # FastAPI's, where telemetry leaves by OTLP
+    if not isinstance(metrics.get_meter_provider(), MeterProvider):  # FastAPI has set one if it sends OTLP
         metrics.set_meter_provider(MeterProvider())
     provider = cast(MeterProvider, metrics.get_meter_provider())
     registry = CollectorRegistry()
     reader = PrometheusMetricReader(registry=registry)
     provider.add_metric_reader(reader)
 
-    def tell(accept: str) -> tuple[bytes, str]:
+    def render(accept: str) -> tuple[bytes, str]:
         encode, content_type = choose_encoder(accept)
         return encode(registry), content_type
 
     try:
-        yield tell
+        yield render
     finally:
         provider.remove_metric_reader(reader)
 
@@ -4005,67 +3991,71 @@ class Exporter:
 
 
 # ======================================================================================================================
-# Doors: who may come in, how often, and with how much. They stand before FastAPI takes the request apart: 401, then
-# 429, then 413 or 415, then 422.
+# Access: who may ask what, how often, and how much at once. It is checked before FastAPI reads the request: first the
+# key (401), then the client's limit (429), then the body's size and form (413, 415). FastAPI's checks (422) follow.
 # ======================================================================================================================
 
 Tag = Literal["lookup", "cache", "export", "metrics", "health", "docs"]  # what a route is about
-OPEN: set[Tag] = {"health", "docs"}  # what anybody may ask; all other routes want the key, where one is set
+OPEN_TAGS: set[Tag] = {"health", "docs"}  # routes with any other tag need the key, if one is set
 
-BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
+BODY_BYTES = 2**22  # of a POST: room for 100,000 VINs with white space
 
 KEY_HEADER = "X-API-Key"
 NO_KEY = f"This needs a valid key in the header {KEY_HEADER}."
-API_KEY = APIKeyHeader(name=KEY_HEADER, auto_error=False, description="One of the keys that the operator has set")
 
 
-class Doors:
-    """The key and the limits, by what the matched route is about."""
+class Access:
+    """Checks the key and the limits of a request, by the tag of its route."""
 
     def __init__(self, settings: Settings, rates: Rates) -> None:
+        # Counts the clients' requests.
         self._rates = rates
+        # The valid keys.
         self.keys = [key.encode() for key in settings.api_keys]
-        self.open = OPEN | (set() if settings.private else {"lookup"})  # the tags that need no key
+        # The tags that need no key.
+        self.open_tags = OPEN_TAGS | (set() if settings.private else {"lookup"})
         if not self.keys:
-            self.open = {*get_args(Tag)}
+            self.open_tags = {*get_args(Tag)}
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
+        # The limit of a client, for the tags that have one.
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
         self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
-        self.free = self.open - self.limits.keys()  # the tags for which there is nothing to check
+        # The tags for which there is nothing to check.
+        self.unchecked_tags = self.open_tags - self.limits.keys()
 
-    async def enter(self, scope: Scope, tag: Tag) -> None:
-        """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
-        if tag not in self.open:
+    async def check(self, scope: Scope, tag: Tag) -> None:
+        """Raises a 401 without a valid key where one is needed, then TooManyRequests beyond the client's limit."""
+        if tag not in self.open_tags:
             given = Headers(scope=scope).get(KEY_HEADER, "").encode("latin-1")
-            # All are compared, as bytes and in constant time: the time taken tells nothing.
+            # Compare with every key, each in constant time, so that the time taken says nothing about a key.
             if not any([hmac.compare_digest(given, key) for key in self.keys]):
                 raise HTTPException(401, NO_KEY, {"WWW-Authenticate": "APIKey"})
         if tag != "export":
             await self.count(scope, tag, 1)
-        elif is_plain(scope):
-            await self.count(scope, tag, 1, counts=False)  # it does when the file is built
+        elif is_whole_download(scope):
+            await self.count(scope, tag, 1, counts=False)  # the route counts it when it builds the file
 
     async def count(self, scope: Scope, tag: Tag, cost: int, counts: bool = True) -> None:
-        """Raises TooManyRequests if that is more than the client has left of its share; then it does not count."""
+        """Raises TooManyRequests if the client has less than this cost left; then nothing is counted."""
         if cost > 0 and (limit := self.limits.get(tag)) is not None:
             client, _ = scope["client"] or ("unknown", 0)
-            if wait := await self._rates.client(limit, tag, network(client), cost, counts):
+            if wait := await self._rates.client(limit, tag, client_network(client), cost, counts):
                 raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
 
     def check_size(self, tag: Tag, cost: int) -> None:
-        """Raises a 422 if so much at once is more than the client's limit ever allows: to wait would not help."""
+        """Raises a 422 if the cost is above the whole limit: waiting, as a 429 asks for, would not help."""
         if (limit := self.limits.get(tag)) is not None and cost > limit.amount:
             raise invalid("too_long", ("body", "vins"), f"The limit is {limit}: {cost} at once never fit; send fewer")
 
 
-def is_plain(scope: Scope) -> bool:
-    """Whether this is a download of a whole file, which is built for it; others read by pieces, or have read before."""
+def is_whole_download(scope: Scope) -> bool:
+    """Whether an export is built for this request. HEAD, ranges and conditional requests read a kept one."""
     headers = Headers(scope=scope)
     return scope["method"] == "GET" and "range" not in headers and "if-none-match" not in headers
 
 
-def network(client: str) -> str:
-    """Whom a client's address stands for: an IPv6 user has 2**64 of them."""
+def client_network(client: str) -> str:
+    """What a limit counts as one client: an IPv4 address, or the /64 of an IPv6 address, because a user has a /64."""
     with suppress(ValueError):
         address = ipaddress.ip_address(client)
         if address.version == 6:
@@ -4073,10 +4063,11 @@ def network(client: str) -> str:
     return client
 
 
-def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
-    """The receiving of a body of that many bytes at most.
+def limit_body(scope: Scope, receive: Receive, most: int) -> Receive:
+    """`receive` for a body of at most `most` bytes.
 
-    Raises BodyTooLarge, at once if a larger one is announced, and UnsupportedBody if it is compressed."""
+    Raises BodyTooLarge: at once if the header says so, else when more bytes have come. Raises UnsupportedBody if the
+    body is compressed."""
     headers = Headers(scope=scope)
     too_large = BodyTooLarge(f"A body has {most:,} bytes at most; send less at a time.")
     if int(headers.get("content-length", 0)) > most:
@@ -4085,7 +4076,7 @@ def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
         raise UnsupportedBody("The body is compressed; send it as it is.")
     size = 0
 
-    async def receive_bounded() -> Message:
+    async def receive_limited() -> Message:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
@@ -4093,11 +4084,11 @@ def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
             raise too_large
         return message
 
-    return receive_bounded
+    return receive_limited
 
 
 # ======================================================================================================================
-# Lifespan: everything with a lifetime is opened here, by `async with`, so that opening and closing are one line.
+# Lifespan: everything that has a lifetime is opened here, by `async with`, so that it is closed whatever happens.
 # ======================================================================================================================
 
 
@@ -4109,13 +4100,13 @@ class State(TypedDict):
     vpic: Vpic
     lookups: Lookups
     exporter: Exporter
-    doors: Doors
-    scrape: Scrape | None
+    access: Access
+    read_metrics: MetricsReader | None
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-    """Open the service. Raises StartupError, whose sentence is then the log's last word."""
+    """Open the service. Raises StartupError, whose sentence is then the last line of the log."""
     try:
         settings = read_settings()
         if not settings.vpic_url and not offline_installed():
@@ -4123,7 +4114,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         open_log(settings.log, settings.log_vins)
         log.info("settings: %s", settings)
         async with (
-            open_metrics(settings.metrics) as scrape,
+            open_metrics(settings.metrics) as read_metrics,
             Rates(settings.rate_storage, settings.vpic_rate, settings.nodes) as rates,
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
@@ -4132,8 +4123,9 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             background(cache.sweep(settings.keep_expired)),
             background(log_offline_month()),
         ):
-            doors = Doors(settings, rates)
-            # What is there now stays: the collector need not look through it again at every few requests.
+            access = Access(settings, rates)
+            # The objects of the start stay for good: the garbage collector does not look through them again, and looks
+            # through new ones less often.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
             yield State(
@@ -4142,61 +4134,64 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
                 vpic=vpic,
                 lookups=lookups,
                 exporter=exporter,
-                doors=doors,
-                scrape=scrape,
+                access=access,
+                read_metrics=read_metrics,
             )
     except StartupError:
-        sys.tracebacklimit = 0  # Starlette prints a traceback: without its frames, a sentence is left
+        sys.tracebacklimit = 0  # Starlette logs a traceback: without its frames only our sentence is left
         raise
 
 
 # ======================================================================================================================
-# Front: what happens before FastAPI. It is one ASGI middleware, inside FastAPI's telemetry, and the only reader of the
-# path: it finds the route once, and by that route the doors are passed, a cached VIN is answered, and so is what the
-# routes have no answer for: OPTIONS, a method that a path does not have, an address with a slash too many. Everything
-# else is for the route that was found.
+# Middleware: what happens before FastAPI. One ASGI middleware, inside FastAPI's telemetry, is the only reader of the
+# path: it finds the route once. By that route it checks the access, and it answers what no route has to: a cached VIN,
+# OPTIONS, a method that the path does not have, a path with a slash at its end. All else goes to the route.
 # ======================================================================================================================
 
 PREFIX = "/api/v1"
 
-# A lookup as services send it, a normal VIN and nothing else: to let FastAPI take it apart takes longer than the hit.
+# A lookup as programs send it: a VIN in capitals and no other parameter. Only such a one is answered without FastAPI,
+# whose parsing takes longer than the hit itself.
 CANONICAL = re.compile(r"/lookup(?:\?vin=([0-9A-Z]{17})|/([0-9A-Z]{17})\?)")
 
-# Routes that ignore query parameters which they don't have, because load balancers add some to /healthz, bookmarks to
-# /docs, and Prometheus to /metrics: there nobody takes the answer for one that has honoured them.
-LENIENT: set[Tag] = OPEN | {"metrics"}
+# Routes with these tags ignore query parameters that they don't have: load balancers add some to /healthz, bookmarks to
+# /docs, and Prometheus to /metrics, and none of them changes what is meant.
+LENIENT_TAGS: set[Tag] = OPEN_TAGS | {"metrics"}
 
 
 class TaggedRoute(APIRoute):
-    """A route with one tag, which says what it is about. `Front` finds it: FastAPI's router only goes by that."""
+    """A route with one tag. `Middleware` finds the route of a request, and FastAPI's router calls that one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        [self.tag] = cast(list[Tag], self.tags)  # without one the service does not start
+        # What the route is about. Raises ValueError, which stops the start, unless there is exactly one tag.
+        [self.tag] = cast(list[Tag], self.tags)
+        # The methods that the route has, HEAD included.
         self.allowed = {*(self.methods or ())}
         if "GET" in self.allowed:
             self.allowed.add("HEAD")
+        # The names of its query parameters.
         self._parameters = [field.alias for field in self.dependant.query_params]
 
     def serves(self, scope: Scope) -> bool:
-        """Whether it is for such a request, of those at its path."""
+        """Whether this route, of all with the same path, is for the request."""
         return scope["method"] in self.allowed
 
     def body_bytes(self, _: Settings) -> int:
-        """How large a body may be."""
+        """The most bytes of a body."""
         return BODY_BYTES
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return Match.FULL if scope.get("route") is self else Match.NONE, {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.tag not in LENIENT:
+        if self.tag not in LENIENT_TAGS:
             self._check_query(QueryParams(scope["query_string"]))
         await self.app(scope, receive, send)
 
     def _check_query(self, given: QueryParams) -> None:
-        """Raises a 422 for a parameter that the handler does not have, and for one that is given more than once: the
-        last would win, a cache before us may go by the first."""
+        """Raises a 422 for a parameter that the handler does not have, and for one that is given more than once:
+        FastAPI would take the last one, but an HTTP cache in front may look at the first."""
         try:
             refuse_unknown(given.keys(), self._parameters, "parameter")
         except PydanticCustomError as error:
@@ -4206,70 +4201,71 @@ class TaggedRoute(APIRoute):
                 raise invalid("repeated", ("query", name), f"Give {name} only once")
 
 
-class Front:
-    """The one way in: what is no `TaggedRoute` can't be reached."""
+class Middleware:
+    """Checks the access to a request and finds its route. A route that is no `TaggedRoute` can't be reached."""
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        # FastAPI's router.
         self._app = app
         by_path: dict[str, list[TaggedRoute]] = {}
         for route in routes:
             if isinstance(route, TaggedRoute):
                 by_path.setdefault(route.path, []).append(route)
+        # The routes whose path has no parameter, by path.
         self._literal = {path: here for path, here in by_path.items() if not here[0].param_convertors}
+        # The routes whose path has a parameter, with its pattern.
         self._patterns = [(here[0].path_regex, here) for here in by_path.values() if here[0].param_convertors]
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
             return self._app(scope, receive, send)
-        if origins := scope["state"]["settings"].cors_origins:  # known since the start only, as is what to make of it
-            cors = CORSMiddleware(self._enter, [origin.strip() for origin in origins.split(",")], **CORS)
-            return cors(scope, receive, send)
-        return self._enter(scope, receive, send)
+        handle: ASGIApp = self._handle
+        if origins := scope["state"]["settings"].cors_origins:  # not known before the lifespan has read the settings
+            handle = CORSMiddleware(handle, re.split(r"\s*,\s*", origins.strip()), **CORS)
+        return handle(scope, receive, send)
 
     def _find(self, path: str) -> tuple[list[TaggedRoute], dict[str, str]]:
-        """The routes at a path, and its parameters. /lookup/batch is itself, and no /lookup/{vin}; with a control
-        character in it a path is none."""
+        """The routes at a path, and its parameters; none if there is a control character in the path. A literal path
+        like /lookup/batch goes before a pattern like /lookup/{vin}."""
         if here := self._literal.get(path):
             return here, {}
         if CONTROL.search(path):
             return [], {}
         for pattern, here in self._patterns:
-            if found := pattern.fullmatch(path):  # not `match`: the pattern's $ would also match before a line end
+            if found := pattern.fullmatch(path):  # not `match`: the $ of the pattern matches before a line end, too
                 return here, found.groupdict()
         return [], {}
 
-    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope["root_path"])
         if path == PREFIX or path.startswith(f"{PREFIX}/"):
             path = path.removeprefix(PREFIX)
-            scope["root_path"] += PREFIX  # for who tells addresses: so much of the path has been dealt with
+            scope["root_path"] += PREFIX  # so that the servers in /openapi.json have the prefix
         method, answer = scope["method"], self._app
         try:
             here, parameters = self._find(path.removesuffix("/") or "/")
             if not here:
                 raise HTTPException(404)
-            for route in here:
-                if route.serves(scope):
-                    break
-            else:
-                route = here[0]  # for its tag: `detour` answers
+            # Without a route for the method the first one lends its tag, and `answer_without_route` answers.
+            route = next((route for route in here if route.serves(scope)), here[0])
             scope["route"], scope["path_params"] = route, parameters
-            # Hits and errors never reach FastAPI's router, which tells its telemetry the route, by no public name.
+            # Name the route to FastAPI's telemetry, which has no public function for it. FastAPI's router would, but
+            # hits and errors do not reach it.
             _route_selected(scope=scope, path=route.path_format)
-            doors: Doors = scope["state"]["doors"]
-            # OPTIONS tells no more than /docs, and browsers send it without a key.
-            if route.tag not in doors.free and method != "OPTIONS":
-                await doors.enter(scope, route.tag)
+            access: Access = scope["state"]["access"]
+            # OPTIONS says no more than /docs, and browsers send it without a key.
+            if route.tag not in access.unchecked_tags and method != "OPTIONS":
+                await access.check(scope, route.tag)
             if route.tag == "lookup" and method in ("GET", "HEAD"):
                 canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
                 if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):
-                    status, headers, body = rendered(hit, scope)  # a Response would do the same, but not as fast
+                    status, headers, body = render_answer(hit, scope)  # without a Response, which is slower
                     await send({"type": "http.response.start", "status": status, "headers": headers})
                     await send({"type": "http.response.body", "body": body})
                     return
-            answer = detour(scope, path, here) or self._app
+            answer = answer_without_route(scope, path, here) or self._app
             if method == "POST":
-                receive = bounded(scope, receive, route.body_bytes(scope["state"]["settings"]))
+                receive = limit_body(scope, receive, route.body_bytes(scope["state"]["settings"]))
         except HTTPException as error:
             answer = await render_error(Request(scope), error)
         await answer(scope, receive, send)
@@ -4279,27 +4275,19 @@ CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
     "allow_headers": [KEY_HEADER, "If-None-Match", "Prefer", "Range"],
     "expose_headers": [
-        "Age",
-        "Content-Disposition",
-        "Content-Range",
-        "ETag",
-        "Preference-Applied",
-        "Retry-After",
-        "X-Cache",
-        "X-Total-Count",
+        "Age, Content-Disposition, Content-Range, ETag, Preference-Applied, Retry-After, X-Cache, X-Total-Count"
     ],
 }
 
 
-def detour(scope: Scope, path: str, here: list[TaggedRoute]) -> Response | None:
-    """The answer to a request that the routes at its path have none for: what the path allows, or where the request
-    should have gone.
+def answer_without_route(scope: Scope, path: str, here: list[TaggedRoute]) -> Response | None:
+    """The answer to OPTIONS, and the redirect of a path with a slash too few or too many; None for all other requests.
 
-    Raises a 405 for a method that the path does not have."""
+    Raises a 405 for a method that no route at this path has."""
     if not path:
         return RedirectResponse(f"{PREFIX.rpartition('/')[2]}/")
     if path.endswith("/") and path != "/":
-        # Relative: what the address is outside, only the proxy knows.
+        # A relative address, because only a proxy in front knows the address from outside.
         query = scope["query_string"].decode("latin-1")
         return RedirectResponse(f"../{quote(path.split('/')[-2], safe='')}" + (f"?{query}" if query else ""))
     methods = {"OPTIONS"}.union(*(route.allowed for route in here))
@@ -4314,11 +4302,11 @@ def detour(scope: Scope, path: str, here: list[TaggedRoute]) -> Response | None:
 X_CACHE = {"hit": b"HIT", "stale": b"STALE", "vpic": b"MISS", "offline": b"OFFLINE"}
 
 
-def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """An answer in HTTP: its status, headers and body; or a 304 if the client says that it has it already.
+def render_answer(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """An answer in HTTP: its status, headers and body, or a 304 if the client has it already.
 
-    A cache before us has to ask whether an answer still stands, unless the settings let it answer by itself for a
-    while, which it counts from now on. What may change at any time nobody keeps."""
+    An HTTP cache in front has to ask us whether an answer still stands. With MAX_AGE it may answer by itself for so
+    long. What may change at any time must not be kept."""
     status, text, outcome, fetched_at, fresh_until = answer
     body, now = text.encode(), int(time.time())
     settings: Settings = scope["state"]["settings"]
@@ -4327,28 +4315,29 @@ def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes
         (b"content-length", b"%d" % len(body)),
         (b"x-cache", X_CACHE[outcome]),
     ]
-    if not settings.max_age:  # else caches would count from there; but not nginx: no max-age could be right for both
+    # With MAX_AGE there is no Age: most caches subtract it from max-age, nginx does not, so no max-age suits both.
+    if not settings.max_age:
         headers.append((b"age", b"%d" % max(0, now - fetched_at)))
     if fresh_until <= now:
         headers.append((b"cache-control", b"no-store"))
         return status, headers, body
     control = b"max-age=%d" % min(settings.max_age, fresh_until - now) if settings.max_age else b"no-cache"
-    if settings.private:  # nobody else's cache may have it, nor the browser's of who comes without the key
+    if settings.private:  # a shared cache, or a browser without the key, must not show it
         control = b"private, " + control
         headers.append((b"vary", KEY_HEADER.encode()))
     headers.append((b"cache-control", control))
     if status == 200 and scope["method"] != "POST":
-        # Where two bodies have one checksum, they are not of the same second.
+        # Two bodies with one checksum get different tags unless they were fetched in the same second.
         etag = b'"%x-%x"' % (fetched_at, zlib.crc32(body))
         headers.append((b"etag", etag))
         for name, value in scope["headers"]:
             if name == b"if-none-match" and (etag in value or value == b"*"):
-                return 304, headers[2:], b""  # without the type and the length
+                return 304, headers[2:], b""  # without the type and the length of the body
     return status, headers, body
 
 
 # ======================================================================================================================
-# Routes: one sentence each.
+# Routes: what each address does, and what the schema says of it. `describe_schema` adds what depends on the settings.
 # ======================================================================================================================
 
 PARQUET = "application/vnd.apache.parquet"
@@ -4361,103 +4350,79 @@ app = FastAPI(
     exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
     openapi_url=None,  # both have a route of their own below
     docs_url=None,
-    redirect_slashes=False,  # Front's are relative
+    redirect_slashes=False,  # `answer_without_route` redirects, to relative addresses
 )
 app.router.route_class = TaggedRoute
-app.add_middleware(Front, routes=app.routes)  # made at the start, when all routes are there
+app.add_middleware(Middleware, routes=app.routes)  # it is made at the start, when all routes are there
 
-Told = dict[int | str, dict[str, Any]]
-
-
-def problem(description: str, detail: str, **fields: str) -> dict[str, Any]:
-    """An error, with a sentence of it."""
-    example = {"detail": detail, **fields}
-    content = {"application/json": {"example": example}}
-    return {"model": VinProblem if fields else Problem, "description": description, "content": content}
+Responses = dict[int | str, dict[str, Any]]
 
 
-# With the limits' numbers where `described` knows them.
-KEY: Told = {401: problem("No key, or a wrong one", NO_KEY)}
-LIMIT: Told = {429: problem("Too many; Retry-After says when", "The limit is 10 per 1 minute; ask again later.")}
-BODY: Told = {
-    400: problem("The body can't be read", "There was an error parsing the body"),
-    413: problem(
-        f"The body has more than {BODY_BYTES:,} bytes", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."
+def error(description: str, detail: str, **fields: str) -> dict[str, Any]:
+    """What the schema says of an error, with its `detail`, and the fields beside it, as an example."""
+    schema = {"$ref": f"#/components/schemas/{(VinProblem if fields else Problem).__name__}"}
+    content = {"application/json": {"schema": schema, "example": {"detail": detail, **fields}}}
+    return {"description": description, "content": content}
+
+
+# The errors from which each route takes its own. `describe_schema` adds 401 and 429.
+ERRORS: Responses = {
+    400: error("The body can't be read", "There was an error parsing the body"),
+    404: error("A path with a control character in it", "Not Found"),
+    413: error("The body is too large", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."),
+    415: error("The body is compressed", "The body is compressed; send it as it is."),
+    422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"},
+    503: error(
+        "Not possible now; Retry-After says when", "The cache cannot be written at the moment; ask again later."
     ),
-    415: problem("The body is compressed", "The body is compressed; send it as it is."),
 }
-VIN: Told = {422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"}}
-LOOKUP: Told = {
-    **KEY,
-    **VIN,
-    **LIMIT,
+LOOKUP_ERRORS: Responses = {
     404: {"model": Undecodable, "description": "vPIC can't decode this VIN; that is cached too"},
-    502: problem(
-        "vPIC can't be reached, or its answer makes no sense", "vPIC cannot be reached; ask again later.", vin=EXAMPLE
-    ),
-    503: problem(
-        "vPIC refuses, or is not asked; Retry-After says when to ask again",
-        "vPIC fails and is left alone for now; ask again later.",
-        vin=EXAMPLE,
-    ),
-    504: problem("vPIC did not answer in time", "vPIC did not answer in time; ask again later.", vin=EXAMPLE),
+    422: ERRORS[422],
+    502: error("vPIC can't be reached, or its answer makes no sense", UNREACHABLE.detail, vin=EXAMPLE),
+    503: error("vPIC refuses, or is not asked; Retry-After says when", LEFT_ALONE.detail, vin=EXAMPLE),
+    504: error("vPIC did not answer in time", TOO_LATE.detail, vin=EXAMPLE),
 }
-NO_PATH: Told = {404: problem("A path with a control character in it", "Not Found")}
-UNDECODABLE_OR_NO_PATH: Told = {
-    404: {
-        "model": Undecodable | Problem,
-        "description": "vPIC can't decode this VIN; that is cached too. Or there is a control character in the path",
-    }
+NO_PATH: Responses = {
+    404: {"model": Undecodable | Problem, "description": "Undecodable, or the path has a control character in it"}
 }
-SAME: Told = {304: {"description": "It is what If-None-Match names"}}
-UNAVAILABLE: Told = {
-    503: problem(
-        "It can't be done at the moment; Retry-After says when to ask again",
-        "The cache cannot be written at the moment; ask again later.",
-    )
-}
-LINES_SENT: Told = {
+UNCHANGED: Responses = {304: {"description": "The client has it already, as If-None-Match says"}}
+
+
+def errors(*statuses: int) -> Responses:
+    return {status: ERRORS[status] for status in statuses}
+
+
+def texts(**examples: str) -> dict[str, Any]:
+    """What the schema says of bodies that are text, by their form."""
+    types = {"csv": CSV, "jsonl": JSONL, "text": TEXT}
+    return {types[form]: {"schema": {"type": "string"}, "example": example} for form, example in examples.items()}
+
+
+def taken(example: Any, **files: str) -> dict[str, Any]:
+    """What the schema says of a body: an example of its JSON, with which /docs fills the field, and of a file."""
+    content = {"application/json": {"example": example}} | texts(**files)
+    return {"requestBody": {"content": content} | ({"required": False} if files else {})}  # a file may be empty
+
+
+# CSV is the first, because /docs asks for the first and can't show JSON Lines.
+LINES_SENT: Responses = {
     200: {
-        # The first is what /docs asks for, which can't show the other.
-        "content": {
-            CSV: {"schema": {"type": "string"}, "example": "vin,decoded_status,decoded_vin,decoded_make\r\n"},
-            JSONL: {"schema": {"type": "string"}, "example": f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}'},
-        },
+        "content": texts(
+            csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
+            jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
+        ),
         "description": "One line per VIN, in the order given: `status`, what /lookup answers, and an error's `detail`."
         " CSV is answered in CSV, all else in JSON Lines, unless `Accept` names the other; X-Total-Count has the lines",
     }
 }
 FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
-UPLOAD: Told = {
-    503: problem("The file can't be kept", "The file cannot be kept (No space left on device); send it again later.")
-}
-BATCH_TAKEN: dict[str, Any] = {
-    "requestBody": {
-        "content": {
-            "application/json": {"example": {"vins": [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]}},
-            TEXT: {"schema": {"type": "string"}, "example": f"{EXAMPLE}\n4ENGAAA85R1000007,1994\n"},
-            CSV: {
-                "schema": {"type": "string"},
-                "example": f"unit,vin,model year\r\n7,{EXAMPLE},\r\n8,4ENGAAA85R1000007,1994\r\n",
-            },
-        },
-        "required": False,  # an empty file is a file
-    }
-}
-FILE_SENT: Told = {
+FILE_SENT: Responses = {
     200: FILE | {"description": "The file"},
-    206: FILE | {"description": "A part of it, by Range"},
-    304: {"description": "It is what If-None-Match names"},
-    400: {"description": "No range at all"},
-    416: {"description": "A range that the file does not have"},
+    206: FILE | {"description": "A part of it, as Range asks"},
+    400: {"description": "Range is not a range"},
+    416: {"description": "The file does not have this range"},
 }
-
-by_key = Security(API_KEY)  # for the schema only, and there `described` decides: the door has checked it
-
-
-def filled(body: Any) -> dict[str, Any]:
-    """What stands in the body's field in /docs."""
-    return {"requestBody": {"content": {"application/json": {"example": body}}}}
 
 
 def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
@@ -4472,7 +4437,7 @@ def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
 
 
 async def look_up(request: Request, question: Question, details: bool) -> Response:
-    """The answer; if the client hangs up before it, nobody waits for vPIC in its name any more."""
+    """The response of a lookup. If the client hangs up before it, the lookup ends."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -4485,7 +4450,7 @@ async def look_up(request: Request, question: Question, details: bool) -> Respon
         await asyncio.wait([looking, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not looking.done():
             return Response(status_code=499)
-        status, headers, body = rendered(looking.result(), request.scope)
+        status, headers, body = render_answer(looking.result(), request.scope)
         response = Response(body, status)
         response.raw_headers = headers
         response.headers.update(applied)
@@ -4528,35 +4493,18 @@ Compression = Annotated[
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 
-@app.get(
-    "/lookup/{vin}",
-    tags=["lookup"],
-    summary="Decode a VIN",
-    response_model=Vehicle,
-    responses=LOOKUP | SAME | UNDECODABLE_OR_NO_PATH,
-    dependencies=[by_key],
-)
-@app.get(
-    "/lookup",
-    tags=["lookup"],
-    summary="Decode a VIN",
-    response_model=Vehicle,
-    responses=LOOKUP | SAME,
-    dependencies=[by_key],
-)
+LOOKUP_ROUTE: dict[str, Any] = {"tags": ["lookup"], "summary": "Decode a VIN", "response_model": Vehicle}
+
+
+@app.get("/lookup/{vin}", responses=LOOKUP_ERRORS | NO_PATH | UNCHANGED, **LOOKUP_ROUTE)
+@app.get("/lookup", responses=LOOKUP_ERRORS | UNCHANGED, **LOOKUP_ROUTE)
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return await look_up(request, ask(vin, model_year), details)
 
 
 @app.post(
-    "/lookup",
-    tags=["lookup"],
-    summary="Decode a VIN",
-    response_model=Vehicle,
-    responses=LOOKUP | BODY,
-    dependencies=[by_key],
-    openapi_extra=filled({"vin": EXAMPLE}),
+    "/lookup", responses=LOOKUP_ERRORS | errors(400, 413, 415), openapi_extra=taken({"vin": EXAMPLE}), **LOOKUP_ROUTE
 )
 async def lookup_posted(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
@@ -4564,7 +4512,7 @@ async def lookup_posted(body: LookupBody, request: Request) -> Response:
 
 
 class FileRoute(TaggedRoute):
-    """A route for what is not sent as JSON: FastAPI would read it into memory first."""
+    """A route for a body that is not JSON. FastAPI would read the whole body into memory, this route streams it."""
 
     def serves(self, scope: Scope) -> bool:
         return super().serves(scope) and not is_json(Headers(scope=scope).get("content-type", ""))
@@ -4593,7 +4541,7 @@ async def lookup_file(
     return await tell_lines(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
 
 
-# Before the route for JSON, which would take all.
+# Before the route for JSON, because the first route that serves the request takes it.
 app.routes.append(FileRoute("/lookup/batch", lookup_file, methods=["POST"], tags=["lookup"], include_in_schema=False))
 
 
@@ -4601,9 +4549,9 @@ async def tell_lines(
     request: Request, rows: Iterator[Row | None], count: int, details: bool, form: str, fleet: Fleet | None = None
 ) -> StreamingResponse:
     """The lines for so many rows, in this form unless another one is asked for."""
-    doors: Doors = request.state.doors
-    doors.check_size("lookup", count)
-    await doors.count(request.scope, "lookup", count - 1)  # one was counted at the door
+    access: Access = request.state.access
+    access.check_size("lookup", count)
+    await access.count(request.scope, "lookup", count - 1)  # the middleware has counted one
     accepted = map(media_type, request.headers.get("accept", "").split(","))
     form = next((name for name in accepted if name in (CSV, JSONL)), form)
     kept = deque[Row]() if form == CSV else None
@@ -4620,9 +4568,12 @@ async def tell_lines(
     tags=["lookup"],
     summary="Decode many VINs",
     response_class=StreamingResponse,
-    responses=LINES_SENT | KEY | VIN | LIMIT | BODY | UPLOAD,
-    dependencies=[by_key],
-    openapi_extra=BATCH_TAKEN,
+    responses=LINES_SENT | errors(400, 413, 415, 422, 503),
+    openapi_extra=taken(
+        {"vins": [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]},
+        text=f"{EXAMPLE}\n4ENGAAA85R1000007,1994\n",
+        csv=f"unit,vin,model year\r\n7,{EXAMPLE},\r\n8,4ENGAAA85R1000007,1994\r\n",
+    ),
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
     """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
@@ -4632,22 +4583,17 @@ async def lookup_batch(body: BatchBody, request: Request, details: Details = Fal
     return await tell_lines(request, body.rows(), len(body.vins), body.details or details, JSONL)
 
 
-@app.delete(
-    "/remove/{vin}",
-    tags=["cache"],
-    summary="Forget a VIN",
-    responses=KEY | VIN | UNAVAILABLE | NO_PATH,
-    dependencies=[by_key],
-)
-@app.delete("/remove", tags=["cache"], summary="Forget a VIN", responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key])
+REMOVE_ROUTE: dict[str, Any] = {"tags": ["cache"], "summary": "Forget a VIN"}
+
+
+@app.delete("/remove/{vin}", responses=errors(404, 422, 503), **REMOVE_ROUTE)
+@app.delete("/remove", responses=errors(422, 503), **REMOVE_ROUTE)
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return Removed(vin=vin, cache_delete_success=await request.state.cache.remove(vin))
 
 
-@app.post(
-    "/remove", tags=["cache"], summary="Forget a VIN", responses=KEY | VIN | UNAVAILABLE | BODY, dependencies=[by_key]
-)
+@app.post("/remove", responses=errors(400, 413, 415, 422, 503), **REMOVE_ROUTE)
 async def remove_posted(body: RemoveBody, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return await remove(body.vin, request)
@@ -4658,8 +4604,7 @@ async def remove_posted(body: RemoveBody, request: Request) -> Removed:
     tags=["export"],
     summary="Download the cache",
     response_class=FileResponse,
-    responses=FILE_SENT | KEY | LIMIT | VIN | UNAVAILABLE,
-    dependencies=[by_key],
+    responses=FILE_SENT | UNCHANGED | errors(422, 503),
 )
 @app.get("/export.parquet", tags=["export"], include_in_schema=False)
 async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
@@ -4670,10 +4615,10 @@ async def export(request: Request, compression: Compression = "zstd", details: D
     exporter: Exporter = request.state.exporter
 
     async def count() -> None:
-        await request.state.doors.count(request.scope, "export", 1)
+        await request.state.access.count(request.scope, "export", 1)
 
     kind = Kind(compression, details)
-    if plain := is_plain(request.scope):
+    if plain := is_whole_download(request.scope):
         await count()
         snapshot = await exporter.new(kind)
     else:
@@ -4686,24 +4631,24 @@ async def export(request: Request, compression: Compression = "zstd", details: D
     return response
 
 
-@app.get("/healthz", tags=["health"], summary="See whether it lives")
+@app.get("/healthz", tags=["health"], summary="Check that the process lives")
 async def healthz() -> Health:
-    """A sign of life, no more."""
+    """Always 200 while the process lives."""
     return Health()
 
 
 @app.get(
     "/readyz",
     tags=["health"],
-    summary="See whether the cache works",
+    summary="Check that the cache works",
     responses={503: {"model": Readiness, "description": "The cache can't be used; Retry-After says when to ask again"}},
 )
 async def readyz(request: Request, response: Response) -> Readiness:
-    """Whether the cache can be read and written. vPIC's state is told, but lookups go on without it."""
+    """Whether the cache can be read and written. The state of vPIC makes no difference: lookups go on without it."""
     cache = await request.state.cache.check()
     if cache != "ok":
         response.status_code = 503
-        response.headers["Retry-After"] = "1"  # what was found holds for a second
+        response.headers["Retry-After"] = "1"  # the cache is checked once a second at most
     status: Literal["ok", "unavailable"] = "ok" if cache == "ok" else "unavailable"
     return Readiness(
         status=status,
@@ -4715,49 +4660,52 @@ async def readyz(request: Request, response: Response) -> Readiness:
 
 
 @app.get("/metrics", tags=["metrics"], include_in_schema=False)
-async def scraped(request: Request) -> Response:
-    """What Prometheus collects; 404 unless the settings want it."""
-    scrape: Scrape | None = request.state.scrape
-    if scrape is None:
+async def get_metrics(request: Request) -> Response:
+    """All metrics, for Prometheus; 404 unless VINCACHE_METRICS is true."""
+    read_metrics: MetricsReader | None = request.state.read_metrics
+    if read_metrics is None:
         raise HTTPException(404)
-    body, content_type = scrape(request.headers.get("Accept", ""))
+    body, content_type = read_metrics(request.headers.get("Accept", ""))
     return Response(body, headers={"Content-Type": content_type})
 
 
 @app.get("/", tags=["docs"], include_in_schema=False)
 async def index() -> RedirectResponse:
-    return RedirectResponse("docs")  # relative: under the prefix and behind a proxy, too
+    return RedirectResponse("docs")  # relative, so that it is right under the prefix and behind a proxy
 
 
-def described(doors: Doors, settings: Settings) -> dict[str, Any]:
-    """The schema, as it is with these settings: a key only where one is wanted, and the limits' numbers."""
+KEY_SCHEME = {"type": "apiKey", "in": "header", "name": KEY_HEADER, "description": "A key that the operator has set"}
+
+
+def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
+    """The schema as it is with these settings: which routes need the key, and the numbers of the limits."""
     schema = deepcopy(app.openapi())
-    for operations in schema["paths"].values():
-        for operation in operations.values():
-            tag: Tag = operation["tags"][0]
-            responses = operation["responses"]
-            for parameter in operation.get("parameters", ()):
-                # /docs shows a description only here.
-                parameter.setdefault("description", parameter["schema"].get("description", ""))
-                if parameter["in"] == "path":  # of a VIN, where a control character is a 404
-                    pattern = vin_pattern(CONTROL.sub("", EDGES))
-                    parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
-            if tag in doors.open:
-                operation.pop("security", None)
-                responses.pop("401", None)
-            if "429" in responses and (limit := doors.limits.get(tag)):
-                responses["429"]["description"] = f"More than {limit}; Retry-After says when to ask again"
-            else:
-                responses.pop("429", None)
-    if not doors.keys:
-        del schema["components"]["securitySchemes"]
-    schema["components"]["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
+    for operation in [operation for operations in schema["paths"].values() for operation in operations.values()]:
+        tag, responses = operation["tags"][0], operation["responses"]
+        for parameter in operation.get("parameters", ()):
+            # /docs shows a description only if it stands here, not in the schema of the parameter.
+            parameter.setdefault("description", parameter["schema"].get("description", ""))
+            if parameter["in"] == "path":  # a path with a control character is a 404
+                pattern = vin_pattern(CONTROL.sub("", EDGES))
+                parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
+        if tag not in access.open_tags:
+            operation["security"] = [{"APIKeyHeader": []}]
+            responses["401"] = error("No key, or a wrong one", NO_KEY)
+        if limit := access.limits.get(tag):
+            sentence = f"The limit is {limit}; ask again later."
+            responses["429"] = error(f"More than {limit}; Retry-After says when to ask again", sentence)
+        operation["responses"] = dict(sorted(responses.items()))
+    components = schema["components"]
+    components["schemas"] |= {model.__name__: model.model_json_schema() for model in (Problem, VinProblem)}
+    components["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
+    if access.keys:
+        components["securitySchemes"] = {"APIKeyHeader": KEY_SCHEME}
     return schema
 
 
 @app.get("/openapi.json", tags=["docs"], include_in_schema=False)
 async def openapi(request: Request) -> JSONResponse:
-    schema = described(request.state.doors, request.state.settings)
+    schema = describe_schema(request.state.access, request.state.settings)
     if root_path := request.scope["root_path"]:
         schema["servers"] = [{"url": root_path}]
     return JSONResponse(schema)
@@ -4765,7 +4713,7 @@ async def openapi(request: Request) -> JSONResponse:
 
 @app.get("/docs", tags=["docs"], include_in_schema=False)
 async def docs() -> HTMLResponse:
-    """The schema as a page, for people; all addresses in it are relative, and none is another host's."""
+    """The schema as a page, for people. All addresses in it are relative, and none is of another host."""
     return get_swagger_ui_html(
         openapi_url="openapi.json",
         title=app.title,
@@ -4775,7 +4723,7 @@ async def docs() -> HTMLResponse:
         swagger_ui_parameters={
             "defaultModelsExpandDepth": 0,
             "persistAuthorization": True,
-            "showCommonExtensions": False,  # the VIN's pattern, as long as a line
+            "showCommonExtensions": False,  # it would show the pattern of a VIN, which is as long as a line
             "tryItOutEnabled": True,
         },
     )
@@ -4789,7 +4737,7 @@ async def docs_file(file: str, request: Request) -> Response:
     return await PAGES.get_response(file, request.scope)
 
 
-# Now, so that uvicorn's first lines have the form too; a bad setting is told by the lifespan.
+# Already at the import, so that uvicorn's first lines have the form too. The lifespan reports a bad setting.
 try:
     first = read_settings()
     open_log(first.log, first.log_vins)
