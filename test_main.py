@@ -4873,13 +4873,13 @@ def simulated_settings(**changed: Any) -> main.Settings:
 def leftovers(lookups: main.Lookups) -> list[str]:
     """What Lookups has not finished: it knows nothing of this once nobody waits and nothing is asked any more."""
     scheduler = lookups._scheduler
-    queues = [scheduler.lookups, scheduler.refreshes, *scheduler.batches]
+    queues = [scheduler.lookups, scheduler.refreshes, scheduler.confirmations, *scheduler.batches]
     left = {
         "tickets": [*lookups._tickets],
         "waiting": [ticket.question for queue in queues for ticket in queue],
         "batches": len(scheduler.batches),
         "tasks": len(lookups._tasks),
-        "overdue": len(lookups._overdue),
+        "overdue": len(lookups._overdue) + len(lookups._impatient),
         "places": scheduler.places - scheduler.free_places,
         "places for the background": max(1, scheduler.places // 2) - scheduler.free_for_background,
     }
