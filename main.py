@@ -3279,7 +3279,8 @@ class Lookups:
             self._scheduler.batches.remove(batch.queue)
             for waiter in batch.waiters:
                 self._leave(waiter)
-            if without := {name: times for name, times in batch.outcomes.items() if name in WITHOUT_VPIC}:
+            without = {name: times for name, times in batch.outcomes.items() if name in WITHOUT_VPIC}
+            if without and not self._vpic.is_off:
                 counted = ", ".join(f"{times:,} {name}" for name, times in sorted(without.items()))
                 level = logging.WARNING if batch.patience is None else logging.INFO
                 log.log(level, "batch answered in part without vPIC: %s", counted)
