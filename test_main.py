@@ -4878,7 +4878,7 @@ def leftovers(lookups: main.Lookups) -> list[str]:
         "tickets": [*lookups._tickets],
         "waiting": [ticket.question for queue in queues for ticket in queue],
         "batches": len(scheduler.batches),
-        "tasks": len(lookups._tasks),
+        "tasks": len(lookups._tasks) - lookups._claiming,  # now and then it looks for unconfirmed rows
         "overdue": len(lookups._overdue) + len(lookups._impatient),
         "places": scheduler.places - scheduler.free_places,
         "places for the background": max(1, scheduler.places // 2) - scheduler.free_for_background,
@@ -5020,7 +5020,7 @@ class Simulation:
         async def work(caller: Caller) -> None:
             asked = self._ask(question, details)
             try:
-                answer = await self.lookups.lookup(question, details)
+                answer = await self.lookups.lookup(question, details, self.settings.patience)
             except main.VpicUnavailable as error:
                 self._judge(asked, error.status_code, error.fields)
             else:
@@ -5054,7 +5054,7 @@ class Simulation:
 
         async def told() -> AsyncIterator[list[dict[str, Any]]]:
             line_form = main.LineForm(form == "csv", details)
-            lines = self.lookups.batch(windows(), line_form)
+            lines = self.lookups.batch(windows(), line_form, self.settings.patience)
             if kept is None:
                 async for text in main.as_jsonl(lines):
                     yield [json.loads(line) for line in text.splitlines()]
@@ -5128,12 +5128,13 @@ class Simulation:
             return f"removed before, with all up to source {asked.floor}"
         if not is_cached and source.ended < asked.began - 2 * PATIENCE:
             return "an old answer, said to be new"
-        if calm and source.kind == "offline" and source.ended > self.trouble_at + LAG:
+        late = self.settings.patience is not None and self.world.time() >= asked.began + self.settings.patience
+        if calm and source.kind == "offline" and source.ended > self.trouble_at + LAG and not late:
             return "though vPIC is well"
         life = (self.settings.ttl if status == 200 else self.settings.invalid_ttl) + self.settings.grace
         if calm and source.kind == "vpic" and max(source.ended, self.trouble_at) + life + 2 < asked.began:
             return "older than its grace though vPIC is well"
-        return "" if is_cached or source.kind == "vpic" else self._haste(asked)
+        return "" if is_cached or source.kind == "vpic" or late else self._haste(asked)
 
     def _haste(self, asked: Asked) -> str:
         """Batches are patient: what was not asked is told without vPIC only if vPIC has failed for long, and is not
@@ -5157,6 +5158,9 @@ class Simulation:
         for caller in answers:
             if caller.outcome != "hit":
                 self.complain(f"after some minutes in which all was well, {caller.what} is {caller.outcome}")
+        [[unconfirmed, _]] = self.store._database.execute(main.UNCONFIRMED, (0,)).fetchall()
+        if unconfirmed:
+            self.complain(f"after some minutes in which all was well, {unconfirmed} rows are unconfirmed")
 
     def _complain_of_leftovers(self) -> None:
         for left in [f"{caller.what} waits" for caller in self.callers] + leftovers(self.lookups):
@@ -5201,6 +5205,7 @@ class Life(RuleBasedStateMachine):
                 "offline": st.booleans(),
                 "attributes": st.sampled_from([True, True, False]),
                 "grace": st.sampled_from([3600, 3600, 0]),
+                "patience": st.sampled_from([None, None, 0, 0.2]),
             }
         ),
         settles=st.sampled_from([True, True, True, False]),
