@@ -5905,6 +5905,20 @@ async def test_a_killed_exporting_process_costs_no_more_than_its_export(start: S
 
 
 @NEEDS_PROC
+async def test_an_exporting_process_that_hangs_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The export that it hangs in is a 503; the next has a new process."""
+    async with start() as service:
+        assert (await read_export(service)).empty
+        [pid] = exporting(os.getpid())
+        os.kill(pid, signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "EXPORT_TIMEOUT_S", 0.5)
+            assert (await asyncio.wait_for(service.get("/export"), 20))[0] == 503
+        assert exporting(os.getpid()) == []
+        assert (await read_export(service)).empty
+
+
+@NEEDS_PROC
 async def test_no_exporting_process_outlives_its_server(launch: Launch, tmp_path: Path) -> None:
     """Even when the server is killed in the midst of an export, the process that it started ends too."""
     fill(tmp_path / "cache.db", 100_000, 10)
@@ -6033,7 +6047,7 @@ async def test_exports_together_take_half_of_the_room_on_the_disk(
     fill(disk / "cache.db", 200, 500)
     async with start(database=disk / "cache.db", export_limit="", vpic_url="") as service:
         size = int((await service.ask("HEAD", "/export?compression=none"))[2]["Content-Length"])
-        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 3 * size // 2))
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 2 * size))
         for method in ("HEAD", "GET"):
             status, body, headers = await service.ask(method, "/export?compression=none&details=true")
             assert (status, headers["Retry-After"]) == (503, "60")
@@ -6160,7 +6174,7 @@ async def test_tools_open_the_export_by_its_address(
 async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path) -> None:
     """The export is refused with a sentence, the damaged file moved aside; the next export is of the fresh one."""
     fill(tmp_path / "cache.db", 10_000, 200)
-    kind = main.Kind("zstd", details=False)
+    kind = main.ExportKind("zstd", details=False)
     # Without the service, whose sweeping may find the damage first.
     async with (
         main.FileStore(tmp_path / "cache.db", 2) as store,
