@@ -564,6 +564,13 @@ class Vehicle(BaseModel):
     )
 
 
+class BatchLine(Vehicle):
+    """A line of a batch. All fields are there in every line; those of which nothing is known are empty."""
+
+    status: int = Field(examples=[200], description="The status that /lookup would answer with")
+    detail: str = Field(examples=[""], description="The sentence of an error")
+
+
 class Undecodable(Vehicle):
     """A VIN that vPIC can't decode: its error 7, or no make. It has the fields of a decoded one, some of them empty."""
 
@@ -4237,15 +4244,20 @@ def taken(example: Any, **files: str) -> dict[str, Any]:
     return {"requestBody": {"content": content} | ({"required": False} if files else {})}  # a file may be empty
 
 
-# CSV is the first, because /docs asks for the first and can't show JSON Lines.
+# JSON is the first, because /docs and generated clients ask for the first.
 LINES_SENT: Responses = {
     200: {
-        "content": texts(
-            csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
-            jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
-        ),
+        "model": list[BatchLine],
+        "content": {
+            JSON: {},
+            **texts(
+                csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
+                jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
+            ),
+        },
         "description": "One line per VIN, in the order given: `status`, what /lookup answers, and an error's `detail`."
-        " CSV is answered in CSV, all else in JSON Lines, unless `Accept` names the other; X-Total-Count has the lines",
+        " A CSV file is answered in CSV, all else in JSON Lines, unless `Accept` names one of these types."
+        " X-Total-Count is the number of lines",
     }
 }
 FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
