@@ -564,6 +564,13 @@ class Vehicle(BaseModel):
     )
 
 
+class BatchLine(Vehicle):
+    """A line of a batch. All fields are there in every line; those of which nothing is known are empty."""
+
+    status: int = Field(examples=[200], description="The status that /lookup would answer with")
+    detail: str = Field(examples=[""], description="The sentence of an error")
+
+
 class Undecodable(Vehicle):
     """A VIN that vPIC can't decode: its error 7, or no make. It has the fields of a decoded one, some of them empty."""
 
@@ -3222,6 +3229,7 @@ def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
+JSON = "application/json"
 
 LIST_CHARACTERS = 1000  # of a line of a list: where there are more, something ate the line ends
 ROW_CHARACTERS = 2**15  # of a row of CSV, of which some hundred are in memory at once
@@ -3522,6 +3530,15 @@ async def noting(lines: AsyncIterator[list[Line]], count: int, client: str) -> A
 async def as_jsonl(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
     async for some in lines:
         yield "\n".join(cast(list[str], some)) + "\n"
+
+
+async def as_json(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
+    """A JSON array of the lines."""
+    before = "["
+    async for some in lines:
+        yield before + ",\n".join(cast(list[str], some))
+        before = ",\n"
+    yield "]\n" if before != "[" else "[]\n"
 
 
 async def as_csv(
@@ -4235,15 +4252,20 @@ def taken(example: Any, **files: str) -> dict[str, Any]:
     return {"requestBody": {"content": content} | ({"required": False} if files else {})}  # a file may be empty
 
 
-# CSV is the first, because /docs asks for the first and can't show JSON Lines.
+# JSON is the first, because /docs and generated clients ask for the first.
 LINES_SENT: Responses = {
     200: {
-        "content": texts(
-            csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
-            jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
-        ),
+        "model": list[BatchLine],
+        "content": {
+            JSON: {},
+            **texts(
+                csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
+                jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
+            ),
+        },
         "description": "One line per VIN, in the order given: `status`, what /lookup answers, and an error's `detail`."
-        " CSV is answered in CSV, all else in JSON Lines, unless `Accept` names the other; X-Total-Count has the lines",
+        " A CSV file is answered in CSV, all else in JSON Lines, unless `Accept` names one of these types."
+        " X-Total-Count is the number of lines",
     }
 }
 FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
@@ -4325,6 +4347,21 @@ async def lookup_posted(body: LookupBody, request: Request) -> Response:
     return await look_up(request, body.question, body.details)
 
 
+QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # .2, 0.2, 0, 1 or 1.000
+
+
+def accepted_form(accept: str, form: str) -> str:
+    """Of the forms of a batch that the header Accept names, the one with the highest q; of equal ones the first. `form`
+    if it names none: `*/*` is no name."""
+    best = 0.0
+    for named in accept.split(","):
+        quality = QUALITY.search(named)
+        weight = float(quality[1]) if quality else 1.0
+        if weight > best and media_type(named) in (JSON, JSONL, CSV):
+            form, best = media_type(named), weight
+    return form
+
+
 class FileRoute(TaggedRoute):
     """A route for a body that is not JSON. FastAPI would read the whole body into memory, this route streams it."""
 
@@ -4366,13 +4403,12 @@ async def tell_lines(
     access: Access = request.state.access
     access.check_size("lookup", count)
     await access.count(request.scope, "lookup", count - 1)  # the middleware has counted one
-    accepted = map(media_type, request.headers.get("accept", "").split(","))
-    form = next((name for name in accepted if name in (CSV, JSONL)), form)
+    form = accepted_form(",".join(request.headers.getlist("accept")), form)
     kept = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
     line_form = LineForm(form == CSV, details)
     lines = noting(request.state.lookups.batch(in_windows(rows, fleet, kept), line_form), count, client)
-    told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, line_form)
+    told = {JSON: as_json, JSONL: as_jsonl}[form](lines) if kept is None else as_csv(lines, kept, fleet, line_form)
     return StreamingResponse(told, headers={"X-Total-Count": str(count)}, media_type=form)
 
 

@@ -7175,6 +7175,65 @@ async def test_readyz_tells_of_the_cache_and_of_vpic(start: Start, vpic: PlayedV
         assert [row["vin"] for row in service.rows()] == [TRUCK]
 
 
+# How the answer of a batch is chosen by `Accept`, where it would be JSON Lines.
+ACCEPTS = {
+    None: "application/jsonl",
+    "*/*": "application/jsonl",
+    "application/*": "application/jsonl",
+    "application/json": JSON,
+    "Application/JSON; charset=utf-8": JSON,
+    "application/json, text/plain, */*": JSON,  # axios, Angular and jQuery's getJSON
+    "text/html, */*; q=.2, application/json; q=.2": JSON,
+    "application/json, text/csv": JSON,
+    "text/csv, application/json": "text/csv",
+    "application/json;q=0.5, text/csv": "text/csv",
+    "application/json;q=0.5, text/csv;q=0.25": JSON,
+    "application/json;q=0, */*": "application/jsonl",
+    "application/json;q=0.000, application/jsonl;q=1.000": "application/jsonl",
+    "application/json;q=half": JSON,
+}
+
+
+@pytest.mark.parametrize(("accept", "form"), ACCEPTS.items(), ids=map(str, ACCEPTS))
+async def test_accept_names_the_form_of_a_batch(service: Service, accept: str | None, form: str) -> None:
+    """The named form with the highest q, of equal ones the first; `*/*` names none."""
+    headers = {"Accept": accept} if accept else {}
+    async with service.client.post(
+        "/lookup/batch", json={"vins": [TRUCK]}, headers=headers, skip_auto_headers=["Accept"]
+    ) as response:
+        assert (response.status, response.content_type, response.headers["X-Total-Count"]) == (200, form, "1")
+
+
+async def test_a_batch_can_be_a_json_array(service: Service) -> None:
+    """Of the same lines as JSON Lines have, for JSON, a list and a sheet, of several windows, and of none."""
+    accept = {"Accept": "application/json"}
+    many = [*trucks(5), "bad"] * 60
+    for sent in (many, [*trucks(1), UNKNOWN], []):
+        lines = await service.batch(sent)
+        for kwargs in (
+            {"json": {"vins": sent}, "headers": accept},
+            {"data": "\n".join(sent).encode(), "headers": accept | {"Content-Type": "text/plain"}},
+            {"data": "\n".join(["vin", *sent]).encode(), "headers": accept | {"Content-Type": "text/csv"}},
+        ):
+            status, body, headers = await service.ask("POST", "/lookup/batch", **kwargs)
+            assert (status, headers["X-Total-Count"]) == (200, str(len(sent)))
+            assert [line | {"cached_result": 0} for line in body or []] == [
+                line | {"cached_result": 0} for line in lines
+            ]
+    assert body == []
+
+
+async def test_a_json_array_is_streamed(service: Service, vpic: PlayedVpic) -> None:
+    """The first lines come while vPIC has not answered for the others."""
+    await service.lookup(TRUCK)
+    vpic.fault = hangs
+    body = {"vins": [TRUCK, "bad", OTHER_TRUCK]}
+    async with service.client.post("/lookup/batch", json=body, headers={"Accept": "application/json"}) as response:
+        first = await asyncio.wait_for(response.content.readuntil(b",\n"), 20)
+        second = await asyncio.wait_for(response.content.readuntil(b"}"), 20)
+    assert json.loads(first.decode() + second.decode() + "]")[0]["vin"] == TRUCK
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 async def test_get_does_not_remove(service: Service, prefix: str) -> None:
     """A link prefetcher can't empty the cache: GET is 405, in the shape of our errors."""
@@ -7386,7 +7445,7 @@ async def test_docs_in_a_browser_without_internet(start: Start, tmp_path: Path) 
         await page.execute(block, '"make": "PETERBILT"')
         await page.run(f"type({block}.querySelector('input[type=text]'), 'short')")
         await page.execute(block, '"msg": "5 characters, not 17"')
-        await page.execute(await page.unfold("post", "/lookup/batch"), f"200,{TRUCK},PETERBILT")
+        await page.execute(await page.unfold("post", "/lookup/batch"), '"make": "PETERBILT"')
         await page.execute(await page.unfold("get", "/export"), "Download file")
         assert len(page.requested) > 5
         assert {yarl.URL(url).host for url in page.requested if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
