@@ -569,6 +569,13 @@ class Vehicle(BaseModel):
     )
 
 
+class BatchLine(Vehicle):
+    """A line of a batch. All fields are there in every line; those of which nothing is known are empty."""
+
+    status: int = Field(examples=[200], description="The status that /lookup would answer with")
+    detail: str = Field(examples=[""], description="The sentence of an error")
+
+
 class Undecodable(Vehicle):
     """A VIN that vPIC can't decode: its error 7, or no make. It has the fields of a decoded one, some of them empty."""
 
@@ -3385,6 +3392,7 @@ def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
+JSON = "application/json"
 
 LIST_CHARACTERS = 1000  # of a line of a list: where there are more, something ate the line ends
 ROW_CHARACTERS = 2**15  # of a row of CSV, of which some hundred are in memory at once
@@ -3687,6 +3695,15 @@ async def as_jsonl(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
         yield "\n".join(cast(list[str], some)) + "\n"
 
 
+async def as_json(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
+    """A JSON array of the lines."""
+    before = "["
+    async for some in lines:
+        yield before + ",\n".join(cast(list[str], some))
+        before = ",\n"
+    yield "]\n" if before != "[" else "[]\n"
+
+
 async def as_csv(
     lines: AsyncIterator[list[Line]], rows: "deque[Row]", fleet: Fleet | None, form: LineForm
 ) -> AsyncIterator[bytes]:
@@ -3721,96 +3738,96 @@ async def as_csv(
 
 VERSION = "1.0.0"  # of this service; each export tells it
 
-EXPORT_SILENCE = 30  # seconds; pieces come some tenths of a second apart: a process silent for so long hangs
+EXPORT_TIMEOUT_S = 30  # from one batch of rows to the next, some tenths of a second later: a silent process hangs
 SNAPSHOT_FRESH = 60  # seconds for which those who read by pieces begin with the snapshot that is kept
 SNAPSHOT_KEPT = 300  # seconds; they may go on with it for so long, and it is kept until nobody has for so long
 
 
-def serve_exports() -> None:
-    """The exporting process: for each order on stdin, a line of JSON, a Parquet file on stdout.
+class LimitedFile(io.FileIO):
+    """A file that takes no more than `room` bytes."""
 
-    The file comes in frames, each 4 bytes of length and so many bytes; after an empty one, the last frame says what
-    went wrong, and is empty too if nothing did. It runs alone in a fresh interpreter, from this function's source as
-    it was when the service started: to load the service too would take 35 MB and half a second."""
-    import io
-    import json
-    import os
-    import signal
-    import sys
+    def __init__(self, path: str, room: int) -> None:
+        super().__init__(path, "w")
+        self._room = room
 
-    import adbc_driver_manager
+    def write(self, piece: Any) -> int:
+        if self.tell() + len(piece) > self._room:
+            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
+        return super().write(piece)
+
+
+def write_export(
+    database: str, query: str, path: str, room: int, compression: Any, batch_rows: int, footer: dict[Any, Any]
+) -> None:
+    """Write the rows to a Parquet file, and print an empty line for each batch of them."""
     import adbc_driver_sqlite.dbapi
     import pandas as pd
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; this process ends when the server does
+    time_type = pa.timestamp("s", "UTC")
+    special: dict[str, pa.DataType] = {"decoded": pa.bool_(), "fetched_at": time_type, "expires_at": time_type}
+    with (
+        io.BufferedWriter(LimitedFile(path, room), 2**18) as file,
+        adbc_driver_sqlite.dbapi.connect(database) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": batch_rows})
+        cursor.execute(query)  # one statement, so one consistent snapshot
+        rows = cursor.fetch_record_batch()
+        # The driver guesses a column's type from its values, and an empty table has none.
+        schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
+        types = {field.name: pd.ArrowDtype(field.type) for field in schema}
+        # The rows come in the order of their VINs, all different: statistics serve a search for those, and for times,
+        # a dictionary serves a column whose values come again.
+        repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
+        searched = ["vin", "fetched_at", "expires_at"]
+        with ParquetWriter(
+            file, schema, compression=compression, use_dictionary=repeating, write_statistics=searched
+        ) as parquet:
+            for batch in rows:
+                frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
+                if "attributes" in frame:
+                    frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
+                parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+                print(flush=True)
+
+
+def serve_exports() -> None:
+    """The exporting process. Each line of stdin is an order: the arguments of `write_export` as JSON. Its answer is a
+    line: [0, ""], [0, what SQLite says] or the number and the sentence of a file's error.
+
+    It ends when the server has ended, because it can't read or print then."""
+    import adbc_driver_manager
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends this process
     if hasattr(os, "nice"):
         os.nice(5)  # lookups come first, but an export under load still ends
-
-    special: dict[str, pa.DataType] = {
-        "decoded": pa.bool_(),
-        "fetched_at": pa.timestamp("s", "UTC"),
-        "expires_at": pa.timestamp("s", "UTC"),
-    }
-
-    def send(frame: bytes) -> None:
-        sys.stdout.buffer.write(len(frame).to_bytes(4, "big") + frame)
-        sys.stdout.buffer.flush()
-
-    class Frames(io.RawIOBase):
-        def writable(self) -> bool:
-            return True
-
-        def write(self, piece: "Any") -> int:
-            send(bytes(piece))
-            return len(bytes(piece))
-
-    def write(database: str, query: str, compression: "Any", batch_rows: int, footer: "Any") -> None:
-        with (
-            adbc_driver_sqlite.dbapi.connect(database) as connection,
-            connection.cursor() as cursor,
-            io.BufferedWriter(Frames(), 2**18) as out,
-        ):
-            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": batch_rows})
-            cursor.execute(query)  # one statement, so one consistent snapshot
-            rows = cursor.fetch_record_batch()
-            # The driver guesses a column's type from what is in it; an empty table says nothing.
-            schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
-            types = {field.name: pd.ArrowDtype(field.type) for field in schema}
-            # The rows come in the order of their VINs, all different: statistics serve a search for those, and for
-            # times, a dictionary serves a column whose values come again.
-            repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
-            with ParquetWriter(
-                out,
-                schema,
-                compression=compression,
-                use_dictionary=repeating,
-                write_statistics=["vin", "fetched_at", "expires_at"],
-            ) as parquet:
-                for batch in rows:
-                    frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
-                    if "attributes" in frame:
-                        frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
-                    parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
-
     for order in sys.stdin:
+        fault: tuple[int, str] = 0, ""
         try:
-            write(**json.loads(order))
-            fault = ""
+            write_export(**json.loads(order))
         except adbc_driver_manager.Error as error:
-            fault = str(error)[:1000]
-        except OSError:
-            os._exit(1)  # the server has gone
-        send(b"")
-        send(fault.encode())
+            fault = 0, str(error)[:1000]
+        except OSError as error:
+            fault = error.errno or errno.EIO, error.strerror or str(error)
+        print(json.dumps(fault), flush=True)
 
 
-EXPORT_PROGRAM = f"{inspect.getsource(serve_exports)}\nserve_exports()"  # now: the file may be replaced while we run
+# The process runs in a fresh interpreter, because to load the service too would take 35 MB and half a second. The
+# source is read at the start, because the file may be replaced while the service runs.
+EXPORT_PROGRAM = "\n".join(
+    (
+        "import errno, io, json, os, signal, sys",
+        "from typing import Any",
+        *(inspect.getsource(part) for part in (LimitedFile, write_export, serve_exports)),
+        "serve_exports()",
+    )
+)
 
 
-class Kind(NamedTuple):
-    """Of what kind an export is."""
+class ExportKind(NamedTuple):
+    """What a client may choose of an export."""
 
     compression: str
     details: bool
@@ -3823,24 +3840,18 @@ class Snapshot:
     def __init__(self, folder: Path) -> None:
         self.taken, self.age_began = time.time(), time.monotonic()
         self.etag = f'"{secrets.token_hex(16)}"'
-        self.size = 0
         self.file, self.path = tempfile.mkstemp(".parquet", "vincache-", folder)
-        self._folder = folder
         if os.path.exists("/proc/self/fd"):
             os.unlink(self.path)
-            self.path = f"/proc/self/fd/{self.file}"
+            # By the number of this process, because the exporting process opens the file too.
+            self.path = f"{os.path.realpath('/proc/self/fd')}/{self.file}"
         else:
             weakref.finalize(self, os.unlink, self.path)
-        weakref.finalize(self, os.close, self.file)  # the last one runs first
+        weakref.finalize(self, os.close, self.file)  # finalizers run in reverse order: close, then unlink
 
-    def write(self, piece: bytes, others: int) -> None:
-        """Raises OSError where there is no room, also if this one and the bytes of the others would take more than half
-        of what is free without them: the database needs the same disk."""
-        if self.size + others + len(piece) > shutil.disk_usage(self._folder).free:
-            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
-        self.size += len(piece)
-        while piece:
-            piece = piece[os.write(self.file, piece) :]
+    @property
+    def size(self) -> int:
+        return os.fstat(self.file).st_size
 
     def is_older_than(self, seconds: float) -> bool:
         return time.monotonic() > self.age_began + seconds
@@ -3858,9 +3869,9 @@ class Exporter:
         self._process: asyncio.subprocess.Process | None = None
         self._building = asyncio.Lock()
         self._builds: set[asyncio.Task[Snapshot]] = set()
-        self._queued: dict[Kind, asyncio.Task[Snapshot]] = {}
-        self._kept: dict[Kind, asyncio.Task[Snapshot]] = {}
-        self._releases: dict[Kind, asyncio.TimerHandle] = {}
+        self._queued: dict[ExportKind, asyncio.Task[Snapshot]] = {}
+        self._kept: dict[ExportKind, asyncio.Task[Snapshot]] = {}
+        self._releases: dict[ExportKind, asyncio.TimerHandle] = {}
 
     async def __aenter__(self) -> "Exporter":
         return self
@@ -3874,7 +3885,7 @@ class Exporter:
         await asyncio.gather(*self._builds, return_exceptions=True)
         await self._stop()
 
-    async def new(self, kind: Kind) -> Snapshot:
+    async def new(self, kind: ExportKind) -> Snapshot:
         """The table as a Parquet file, at least as new as this call. Raises ExportFailed.
 
         Who comes while one is built shares the next: however many wait, only two of a kind are there at a time."""
@@ -3883,7 +3894,7 @@ class Exporter:
             self._keep(kind, build)
         return await asyncio.shield(build)
 
-    async def kept(self, kind: Kind, seconds: float, count: Callable[[], Awaitable[None]]) -> Snapshot:
+    async def kept(self, kind: ExportKind, seconds: float, count: Callable[[], Awaitable[None]]) -> Snapshot:
         """The snapshot that is kept; if it is older than that, a new one, which counts. Raises ExportFailed."""
         build = self._find(kind, seconds)
         if build is None:
@@ -3892,7 +3903,7 @@ class Exporter:
         self._keep(kind, build)
         return await asyncio.shield(build)
 
-    def _queue(self, kind: Kind) -> asyncio.Task[Snapshot]:
+    def _queue(self, kind: ExportKind) -> asyncio.Task[Snapshot]:
         if kind not in self._queued:
             build = self._queued[kind] = asyncio.create_task(self._build_in_turn(kind))
             self._builds.add(build)
@@ -3900,21 +3911,21 @@ class Exporter:
             build.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._queued[kind]
 
-    def _find(self, kind: Kind, seconds: float) -> asyncio.Task[Snapshot] | None:
+    def _find(self, kind: ExportKind, seconds: float) -> asyncio.Task[Snapshot] | None:
         """What is kept, or being built to be, unless it is older than that."""
         build = self._kept.get(kind)
         if build is None or not build.done():
             return build
         return None if build.exception() or build.result().is_older_than(seconds) else build
 
-    def _keep(self, kind: Kind, build: asyncio.Task[Snapshot]) -> None:
+    def _keep(self, kind: ExportKind, build: asyncio.Task[Snapshot]) -> None:
         """Keep it until nobody has asked for it for a while."""
         self._kept[kind] = build
         if kind in self._releases:
             self._releases[kind].cancel()
         self._releases[kind] = asyncio.get_running_loop().call_later(SNAPSHOT_KEPT, self._kept.pop, kind, None)
 
-    async def _build_in_turn(self, kind: Kind) -> Snapshot:
+    async def _build_in_turn(self, kind: ExportKind) -> Snapshot:
         async with self._building:
             del self._queued[kind]  # whoever comes from here on may have stored what this snapshot will lack
             try:
@@ -3931,31 +3942,29 @@ class Exporter:
                     await self._cache.report_damage(str(error))
             raise failure  # outside of the except: it would keep the error, whose frames keep the file open
 
-    async def _build(self, kind: Kind) -> Snapshot:
-        """The file, as the exporting process writes it.
+    async def _build(self, kind: ExportKind) -> Snapshot:
+        """Have the exporting process write the file.
 
-        Raises sqlite3.DatabaseError with what that process says of the database, and OSError (TimeoutError is one),
-        EOFError or NotImplementedError if it says nothing at all; StoreFault if there is nothing to read."""
+        Raises what that process answers: OSError, or sqlite3.DatabaseError with what SQLite says. Raises OSError
+        (TimeoutError is one), EOFError or NotImplementedError if it does not answer, and StoreFault if there is nothing
+        to read."""
         if self._process is None or self._process.returncode is not None:
+            pipe = asyncio.subprocess.PIPE
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                EXPORT_PROGRAM,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=2**19,
+                sys.executable, "-c", EXPORT_PROGRAM, stdin=pipe, stdout=pipe, stderr=pipe
             )
-        orders = cast(asyncio.StreamWriter, self._process.stdin)
-        frames = cast(asyncio.StreamReader, self._process.stdout)
         snapshot = Snapshot(self._folder)  # now: all that was stored before will be in it
+        taken_up = sum(other.size for other in self._alive)
         self._alive.add(snapshot)
         async with self._cache.open_copy() as database:
             order = {
                 "database": database,
                 "query": SNAPSHOT_WITH_DETAILS if kind.details else SNAPSHOT,
+                "path": snapshot.path,
+                # All exports together may take half of the room that there is without them.
+                "room": (shutil.disk_usage(self._folder).free - taken_up) // 2,
                 "compression": kind.compression,
-                # More take more memory, fewer more time; with details, a row is six times as large.
+                # More rows take more memory, fewer take more time; with details, a row is six times as large.
                 "batch_rows": 8192 if kind.details else 65536,
                 "footer": {
                     "vincache.version": VERSION,
@@ -3963,20 +3972,23 @@ class Exporter:
                     "vincache.snapshot": utc(snapshot.taken),
                 },
             }
-            orders.write(f"{json.dumps(order)}\n".encode())
-            while piece := await self._receive(frames):
-                others = sum(other.size for other in self._alive if other is not snapshot)
-                async with asyncio.timeout(EXPORT_SILENCE):  # a disk may hang
-                    await asyncio.to_thread(snapshot.write, piece, others)
-            if fault := await self._receive(frames):
-                raise sqlite3.DatabaseError(fault.decode())
-            return snapshot
+            code, sentence = await self._carry_out(self._process, order)
+        if code:
+            raise OSError(code, sentence)
+        if sentence:
+            raise sqlite3.DatabaseError(sentence)
+        return snapshot
 
     @staticmethod
-    async def _receive(frames: asyncio.StreamReader) -> bytes:
-        async with asyncio.timeout(EXPORT_SILENCE):
-            size = int.from_bytes(await frames.readexactly(4), "big")
-            return await frames.readexactly(size)
+    async def _carry_out(process: asyncio.subprocess.Process, order: dict[str, Any]) -> tuple[int, str]:
+        """The answer of the exporting process."""
+        cast(asyncio.StreamWriter, process.stdin).write(f"{json.dumps(order)}\n".encode())
+        line = b"\n"
+        while line == b"\n":  # it has written a batch
+            async with asyncio.timeout(EXPORT_TIMEOUT_S):
+                line = await cast(asyncio.StreamReader, process.stdout).readuntil()
+        code, sentence = json.loads(line)
+        return code, sentence
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
@@ -4406,15 +4418,20 @@ def taken(example: Any, **files: str) -> dict[str, Any]:
     return {"requestBody": {"content": content} | ({"required": False} if files else {})}  # a file may be empty
 
 
-# CSV is the first, because /docs asks for the first and can't show JSON Lines.
+# JSON is the first, because /docs and generated clients ask for the first.
 LINES_SENT: Responses = {
     200: {
-        "content": texts(
-            csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
-            jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
-        ),
+        "model": list[BatchLine],
+        "content": {
+            JSON: {},
+            **texts(
+                csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
+                jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
+            ),
+        },
         "description": "One line per VIN, in the order given: `status`, what /lookup answers, and an error's `detail`."
-        " CSV is answered in CSV, all else in JSON Lines, unless `Accept` names the other; X-Total-Count has the lines",
+        " A CSV file is answered in CSV, all else in JSON Lines, unless `Accept` names one of these types."
+        " X-Total-Count is the number of lines",
     }
 }
 FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
@@ -4512,6 +4529,21 @@ async def lookup_posted(body: LookupBody, request: Request) -> Response:
     return await look_up(request, body.question, body.details)
 
 
+QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # .2, 0.2, 0, 1 or 1.000
+
+
+def accepted_form(accept: str, form: str) -> str:
+    """Of the forms of a batch that the header Accept names, the one with the highest q; of equal ones the first. `form`
+    if it names none: `*/*` is no name."""
+    best = 0.0
+    for named in accept.split(","):
+        quality = QUALITY.search(named)
+        weight = float(quality[1]) if quality else 1.0
+        if weight > best and media_type(named) in (JSON, JSONL, CSV):
+            form, best = media_type(named), weight
+    return form
+
+
 class FileRoute(TaggedRoute):
     """A route for a body that is not JSON. FastAPI would read the whole body into memory, this route streams it."""
 
@@ -4553,14 +4585,13 @@ async def tell_lines(
     access: Access = request.state.access
     access.check_size("lookup", count)
     await access.count(request.scope, "lookup", count - 1)  # the middleware has counted one
-    accepted = map(media_type, request.headers.get("accept", "").split(","))
-    form = next((name for name in accepted if name in (CSV, JSONL)), form)
+    form = accepted_form(",".join(request.headers.getlist("accept")), form)
     kept = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
     line_form = LineForm(form == CSV, details)
     patience, applied = read_patience(request)
     lines = noting(request.state.lookups.batch(in_windows(rows, fleet, kept), line_form, patience), count, client)
-    told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, line_form)
+    told = {JSON: as_json, JSONL: as_jsonl}[form](lines) if kept is None else as_csv(lines, kept, fleet, line_form)
     return StreamingResponse(told, headers={"X-Total-Count": str(count)} | applied, media_type=form)
 
 
@@ -4618,7 +4649,7 @@ async def export(request: Request, compression: Compression = "zstd", details: D
     async def count() -> None:
         await request.state.access.count(request.scope, "export", 1)
 
-    kind = Kind(compression, details)
+    kind = ExportKind(compression, details)
     if plain := is_whole_download(request.scope):
         await count()
         snapshot = await exporter.new(kind)
