@@ -6,10 +6,23 @@ The journey of a VIN:
   3. Else `normalize_vin` makes a `Vin` of the text that was sent, or a 422, and `Lookups.lookup` takes the question.
   4. `_join` shares the question's ticket if there is one, else `Scheduler` has a new ticket wait for a place.
   5. `_call_vpic` asks vPIC for all tickets of a call; `Vpic.decode` has the retries, the rate and the breaker.
-  6. If vPIC can't be used, `_answer_without_vpic` serves the expired row, else an offline decoding, else the failure.
+  6. If vPIC can't be used, or the caller's patience is over, `_answer_without_vpic` serves the expired row, else an
+     offline decoding, else the failure. An offline row is confirmed later: vPIC's answer replaces it.
   7. `Cache.store` stores a new answer, and then the caller gets its `Answer`.
 A batch is many such journeys, answered in order; `Fleet` reads them from an uploaded file, and `as_csv` writes their
 answers beside the file's own columns. An export is one snapshot of the whole table, made by a process of its own.
+
+The rooms, in their order; each uses only those above it:
+  Settings    the environment, read nowhere else         Offline     decoding with the data inside ultravin
+  Words       what comes in and what goes out            Lookups     tickets, the scheduler, batches
+  Errors      failures, and the one renderer             Fleet       files of VINs, and answers as CSV
+  Telemetry   the log and the metrics that are ours      Export      the table as Parquet; pandas is used only here
+  Shared      an outage, a task that outlives its caller Access      the key and the clients' limits
+  Rates       clients and calls, counted                 Lifespan    what is opened and closed
+  Statements  all SQL; no other room has any             Middleware  what happens before FastAPI
+  Stores      what executes it: a file or a cluster      Routes      handlers and the OpenAPI schema; no logic
+  Cache       statements as verbs, merged hits
+  vPIC        translation, breaker, calls; aiohttp's only user but for the cluster
 
 Glossary:
   VIN         vehicle identification number, 17 letters and digits
@@ -2185,8 +2198,8 @@ class Cache:
 
 
 # ======================================================================================================================
-# vPIC: the only room that talks to it. First the translation, which trusts nothing and does no I/O; then the breaker;
-# then the call, with its retries and its manners. Facts: https://vpic.nhtsa.dot.gov/api/ and recorded answers.
+# vPIC: the only room that calls it. First the translation of its answers, which trusts nothing and does no I/O; then the
+# breaker; then the call, with its retries, its deadline and its rate. Facts: https://vpic.nhtsa.dot.gov/api/ and recorded answers.
 # ======================================================================================================================
 
 # Our word for vPIC's: without these there is no answer. All else that it says is kept under vPIC's own names.
