@@ -2198,8 +2198,9 @@ class Cache:
 
 
 # ======================================================================================================================
-# vPIC: the only room that calls it. First the translation of its answers, which trusts nothing and does no I/O; then the
-# breaker; then the call, with its retries, its deadline and its rate. Facts: https://vpic.nhtsa.dot.gov/api/ and recorded answers.
+# vPIC: the only room that calls it. First the translation of its answers, which trusts nothing and does no I/O; then
+# the breaker; then the call, with its retries, its deadline and its rate. Facts: https://vpic.nhtsa.dot.gov/api/ and
+# recorded answers.
 # ======================================================================================================================
 
 # Our word for vPIC's: without these there is no answer. All else that it says is kept under vPIC's own names.
