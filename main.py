@@ -995,7 +995,7 @@ class Outage:
     def __init__(self, begins: str, ends: str, rest_s: float = 0) -> None:
         self._begins = begins  # a line for the log, with %s for the reason
         self._ends = ends  # a line for the log
-        self._rest_s = rest_s
+        self._rest_s = rest_s  # how long it is left alone after a failure
         self.reason = ""  # why it fails; empty: it works
         self._try_at = 0.0  # while it fails: when a caller may try it again (monotonic)
 
@@ -1025,7 +1025,7 @@ class Tasks:
     """Work that goes on if the caller that waits for it leaves."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # that are not done
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -1073,8 +1073,8 @@ class FixedWindow:
     """What each client has used of a limit; dropped whole when the window ends, so that many clients cost nothing."""
 
     def __init__(self) -> None:
-        self._ends = 0.0
-        self._used: dict[str, int] = {}
+        self._ends = 0.0  # when the next window begins (monotonic)
+        self._used: dict[str, int] = {}  # by client
 
     def take(self, limit: RateLimitItem, client: str, cost: int, counts: bool) -> float:
         """0, and it counts if it is to; or the seconds until it may, and it does not."""
@@ -1094,7 +1094,7 @@ class MovingWindow:
 
     def __init__(self, limit: RateLimitItem) -> None:
         self._seconds = limit.get_expiry()
-        self._times = deque([-math.inf] * limit.amount, limit.amount)
+        self._times = deque([-math.inf] * limit.amount, limit.amount)  # of the last calls (monotonic)
 
     def take(self) -> float:
         """0, and it counts; or the seconds until it may, and it does not."""
@@ -1109,15 +1109,16 @@ class Rates:
     """The counts of this service, one of so many nodes. Raises StartupError for a storage that could never work."""
 
     def __init__(self, url: str, vpic_rate: int, nodes: int) -> None:
-        self._vpic_limit = RateLimitItemPerMinute(vpic_rate)
+        self._vpic_limit = RateLimitItemPerMinute(vpic_rate)  # of all processes that share a storage
+        # This process's part of the rate, where no storage counts it.
         self._vpic_window = MovingWindow(RateLimitItemPerMinute(max(1, vpic_rate // nodes)))
-        self._windows: defaultdict[str, FixedWindow] = defaultdict(FixedWindow)
+        self._windows: defaultdict[str, FixedWindow] = defaultdict(FixedWindow)  # of the clients, by what they ask for
         self._outage = Outage(
             "VINCACHE_RATE_STORAGE fails (%s): clients are not counted, vPIC's calls by each for itself",
             "VINCACHE_RATE_STORAGE answers again",
             STORAGE_REST_S,
         )
-        self._storage: Storage | None = None
+        self._storage: Storage | None = None  # None: this process counts by itself
         if url != "async+memory://":
             try:
                 # Of the clients that limits knows, redis needs nothing else; coredis holds back the versions of others.
@@ -1599,12 +1600,12 @@ class FileStore:
 
     def __init__(self, path: Path, busy_timeout: float) -> None:
         self._path = path.absolute()
-        self._busy_timeout = busy_timeout
+        self._busy_timeout = busy_timeout  # seconds for which a write waits for a lock
         self._file: OpenFile | None = None  # None: closed
         self._replacing = asyncio.Lock()  # held while the file is replaced
         self._writing = asyncio.Lock()  # held by the transaction that is carried out
-        self._writes = Tasks()
-        self._resources = AsyncExitStack()
+        self._writes = Tasks()  # which go on if their callers leave
+        self._resources = AsyncExitStack()  # what is closed with the store
 
     async def __aenter__(self) -> "FileStore":
         try:
@@ -1805,8 +1806,8 @@ class ClusterStore:
         self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
         self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
-        self._writes = Tasks()
-        self._resources = AsyncExitStack()
+        self._writes = Tasks()  # which go on if their callers leave
+        self._resources = AsyncExitStack()  # what is closed with the store
 
     async def __aenter__(self) -> "ClusterStore":
         async with AsyncExitStack() as resources:
@@ -2020,7 +2021,7 @@ class Cache:
         self._clock_differs = False  # this machine's from the store's
         self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []  # hits that wait for the next statement
         self._answering: asyncio.Task[None] | None = None  # the statement that is under way
-        self._checks = Tasks()
+        self._checks = Tasks()  # at most one
         self._checking: asyncio.Task[str] | None = None  # the last check
         self._checked_at = -math.inf  # when it ended (monotonic)
 
@@ -2313,7 +2314,7 @@ class Breaker:
         self._first_failed_at = self._last_failed_at = 0.0  # of the calls since the last answer (monotonic)
         self._open_until: float | None = None  # monotonic; None: closed
         self._open_since = 0.0  # unix seconds
-        self._probing = False
+        self._probing = False  # the one call is under way that finds out whether vPIC works again
         breaker_gauge.set(0)
 
     @property
@@ -2390,7 +2391,7 @@ class Vpic:
         self._session = session
         self._rates = rates
         self._url = settings.vpic_url
-        self._fair_time = settings.vpic_timeout / 2
+        self._fair_time = settings.vpic_timeout / 2  # seconds: a call that had less says nothing of vPIC if it fails
         self._batch_timeout = settings.vpic_batch_timeout
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
 
@@ -2729,11 +2730,11 @@ class Scheduler:
 
     def __init__(self, places: int) -> None:
         self.places = places  # calls that may be under way at once
-        self.free_places = places
+        self.free_places = places  # of them
         self.free_for_background = max(1, places // 2)  # how many more of them the background may take
         self.lookups = Queue()
-        self.refreshes = Queue()
-        self.confirmations = Queue()
+        self.refreshes = Queue()  # rows that were served in their grace
+        self.confirmations = Queue()  # rows that were decoded offline
         self.batches: list[Queue] = []  # one for each batch under way; the one that was served last is at the end
         self._round: list[Queue] = []  # those that have not had their turn in this round
 
@@ -2828,10 +2829,9 @@ class Batch:
 
     def __init__(self, form: LineForm, patience: float | None) -> None:
         self.form = form
-        self.patience = (
-            patience  # seconds for which a line waits for vPIC before it is answered without; None: no limit
-        )
-        self.queue = Queue()
+        # Seconds for which a line waits for vPIC before it is answered without it. None: until vPIC has failed for long.
+        self.patience = patience
+        self.queue = Queue()  # of the lines for which vPIC is needed
         self.lines: deque[Line | Waiter] = deque()  # in the order of the rows: a line, or who waits for its outcome
         self.waiters: set[Waiter] = set()  # all who wait, also those that are not in `lines` yet
         self.outcomes: Counter[str] = Counter()  # of the lines for which vPIC was needed
@@ -2867,8 +2867,8 @@ class Lookups:
         self._scheduled: asyncio.Handle | None = None  # the next `_schedule`
         self._timer: asyncio.TimerHandle | None = None  # for the time when vPIC may be tried again
         self._claim_at = 0.0  # when unconfirmed rows are claimed next, if nothing else waits (loop time)
-        self._claiming = False
-        self._closed = False
+        self._claiming = False  # a claim is under way
+        self._closed = False  # nothing begins any more
 
     async def __aenter__(self) -> "Lookups":
         self._wake()
