@@ -2829,7 +2829,7 @@ class Batch:
 
     def __init__(self, form: LineForm, patience: float | None) -> None:
         self.form = form
-        # Seconds for which a line waits for vPIC before it is answered without it. None: until vPIC has failed for long.
+        # Seconds for which a line waits for vPIC before it is answered without it. None: until vPIC is given up.
         self.patience = patience
         self.queue = Queue()  # of the lines for which vPIC is needed
         self.lines: deque[Line | Waiter] = deque()  # in the order of the rows: a line, or who waits for its outcome
