@@ -39,6 +39,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import sqlite3
 import stat
@@ -48,7 +49,18 @@ import time
 import weakref
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -57,14 +69,15 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from copy import copy, deepcopy
+from copy import deepcopy
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -79,6 +92,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader
+from fastapi.telemetry._api import _route_selected
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import Storage
 from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
@@ -105,12 +119,11 @@ from pydantic import Tag as KindOf
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Route
+from starlette.routing import BaseRoute, Match
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -297,16 +310,23 @@ class Settings(BaseSettings):
         return " ".join(f"{name}={mask(str(value))}" for name, value in self)
 
 
-# What Kubernetes puts into every container's environment for a service that is called vincache.
-KUBERNETES = re.compile(r"(SERVICE_HOST|SERVICE_PORT|PORT)(_|$)")
+# What Kubernetes puts into every container's environment for each service, here for those whose names begin with
+# vincache, like vincache-redis. A name that merely ends in _PORT may be a typo, so its value has to be an address, too.
+KUBERNETES = re.compile(
+    r"VINCACHE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)="
+    r"|VINCACHE_(\w+_)?PORT=(tcp|udp|sctp)://"
+)
 
 
 def unknown_settings() -> list[str]:
     """A fault for each variable that looks like one of ours: a typo must not leave a door open."""
     known = [name.upper() for name in Settings.model_fields]
-    given = {name.upper() for name in (*os.environ, *dotenv_values(ENV_FILE, encoding=ENV_ENCODING))}
-    unknown = sorted(name[9:] for name in given if name.startswith("VINCACHE_") and name[9:] not in known)
-    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown if not KUBERNETES.match(name)]
+    given = {
+        name.upper(): value for name, value in {**dotenv_values(ENV_FILE, encoding=ENV_ENCODING), **os.environ}.items()
+    }
+    ours = {name for name, value in given.items() if not KUBERNETES.match(f"{name}={value}")}
+    unknown = sorted(name[9:] for name in ours if name.startswith("VINCACHE_") and name[9:] not in known)
+    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown]
 
 
 def read_settings() -> Settings:
@@ -374,14 +394,19 @@ def normalize_model_year(given: object) -> str:
     if isinstance(given, float) and given.is_integer():  # in JSON, 1994.0 is an integer
         given = int(given)
     year = str(given).strip(EDGES) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
-    if year and not (year.isascii() and year.isdigit() and 1980 <= int(year[:5]) <= last):
+    if year and not (re.fullmatch("[0-9]{4}", year) and 1980 <= int(year) <= last):
         raise PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
     return year
 
 
 EXAMPLE = "1XPWD40X1ED215307"
 
-EDGE = "".join(f"\\u{ord(char):04x}" for char in EDGES)  # as a regular expression has it
+
+def vin_pattern(edges: Iterable[str]) -> str:
+    """A VIN with any of these characters around it, as the schema has it."""
+    edge = "".join(f"\\u{ord(char):04x}" for char in edges)
+    return f"^[{edge}]*[0-9A-Za-z]{{17}}[{edge}]*$"
+
 
 Vin = Annotated[
     str,
@@ -391,7 +416,7 @@ Vin = Annotated[
             "type": "string",
             "description": "17 ASCII letters and digits; case is folded, blanks and invisible characters around it go",
             # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
-            "anyOf": [{"type": "string", "pattern": f"^[{EDGE}]*[0-9A-Za-z]{{17}}[{EDGE}]*$"}],
+            "anyOf": [{"type": "string", "pattern": vin_pattern(EDGES)}],
             "example": EXAMPLE,  # `examples` would not fill the field there
         }
     ),
@@ -2176,8 +2201,10 @@ class Breaker:
         return "ok" if self.closed else f"open since {utc(self._open_since)}"
 
     def has_failed_for(self, seconds: float) -> bool:
-        """Whether vPIC is left alone, and its calls have failed for so long, from the first to the last one."""
-        return not self.closed and self._last_failed_at - self._first_failed_at >= seconds
+        """Whether vPIC is left alone, and its calls have failed for so long, from the first to the last one. While a
+        call probes vPIC, its outcome is worth waiting for."""
+        is_open = self._open_until is not None and not self._probing
+        return is_open and self._last_failed_at - self._first_failed_at >= seconds
 
     def refusal(self) -> VpicUnavailable | None:
         """The error for a call that is not to be made now, or None."""
@@ -2485,6 +2512,7 @@ class Ticket:
         self.details = details  # a waiter wants the attributes: a row without them is no answer
         self.state = TicketState.WAITING
         self.waiters: dict[Waiter, None] = {}  # a dict, because it keeps their order
+        self.task: asyncio.Task[None] | None = None  # of the last call that it went into
         self.removal: int | None = NOT_READ  # the last removal of the VIN, read just before vPIC is asked
         self.removal_read = asyncio.Event()  # that was done, or the call is over
         self.found: Found | None = None  # vPIC's answer, while it is being stored
@@ -2576,6 +2604,16 @@ class Scheduler:
         ticket.removal_read.clear()
         for waiter in ticket.waiters:
             waiter.queue.add(ticket, first)
+
+    def hand_over(self, ticket: Ticket, other: Ticket) -> None:
+        """Let all who wait for a ticket wait for another one of the same question."""
+        for waiter in ticket.waiters:
+            waiter.ticket = other
+            other.waiters[waiter] = None
+            if other.state is TicketState.WAITING:
+                waiter.queue.add(other)
+        other.details |= ticket.details
+        ticket.waiters = {}
 
     def waiters(self, queues: Iterable[Queue]) -> list[Waiter]:
         """Everybody who waits in these queues."""
@@ -2820,6 +2858,8 @@ class Lookups:
         """Do it in a task of its own: no waiter that leaves can cancel it."""
         task = asyncio.create_task(work)
         self._tasks[task] = [*tickets]
+        for ticket in tickets:
+            ticket.task = task
         task.add_done_callback(self._ran)
 
     def _ran(self, task: asyncio.Task[None]) -> None:
@@ -2833,7 +2873,8 @@ class Lookups:
             await self._ask_and_store(call)
         finally:
             for ticket in call.tickets:
-                if ticket.state is TicketState.CALLED:
+                # One that was put back may be in another call by now.
+                if ticket.state is TicketState.CALLED and ticket.task is asyncio.current_task():
                     self._end(ticket, ticket.found or BROKEN)
 
     async def _ask_and_store(self, call: Call) -> None:
@@ -2896,7 +2937,7 @@ class Lookups:
         for ticket in reversed(tickets):  # the first one is put back last, so it is the first again
             if failure.maybe_vin and shared and ticket.waiters:  # another VIN may be why
                 ticket.alone = True
-                self._scheduler.put_back(ticket, first=True)
+                self._wait_again(ticket, first=True)
                 continue
             left_alone = not self._vpic.breaker.closed
             if left_alone:  # vPIC fails, whatever it is asked
@@ -2909,11 +2950,20 @@ class Lookups:
                     self._leave(waiter)
                     refused.append(waiter)
             if ticket.waiters:
-                self._scheduler.put_back(ticket, first=left_alone)
+                self._wait_again(ticket, first=left_alone)
             else:
                 self._end(ticket)
         self._wake()
         return refused
+
+    def _wait_again(self, ticket: Ticket, first: bool) -> None:
+        """Let a ticket that was called wait again; if there is a newer one of its question, its waiters go there."""
+        newer = self._tickets.setdefault(ticket.question, ticket)
+        if newer is ticket:
+            self._scheduler.put_back(ticket, first)
+        else:
+            self._scheduler.hand_over(ticket, newer)
+            self._end(ticket)
 
     async def _store(self, records: list[tuple[Record, int | None]]) -> None:
         if not self._settings.attributes:
@@ -3113,7 +3163,7 @@ def line_of(question: Question, outcome: Outcome, details: bool) -> str:
 # ======================================================================================================================
 # Fleet: a file of VINs as people keep it, a list or a spreadsheet's CSV; and what is told of it, as lines of JSON or as
 # CSV. An upload is received whole and read through once before it is answered: clients write all before they read, and
-# what is wrong with a file is then a 422. It is read in windows and by a thread: no lookup waits for the disk.
+# what is wrong with a file is then a 422. It is read in short steps, by threads of its own: no lookup waits for them.
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
@@ -3121,6 +3171,11 @@ TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
 LIST_CHARACTERS = 1000  # of a line of a list: where there are more, something ate the line ends
 ROW_CHARACTERS = 2**15  # of a row of CSV, of which some hundred are in memory at once
 PROGRESS = 60  # seconds from one line of the log to the next on how far a batch is
+
+# A step of reading ends after so many characters, some 0.3 ms: for so long it may keep others from Python's lock.
+STEP_CHARACTERS = 2**14
+LINE_COST = 31  # characters that a line counts for besides its own: an empty one takes time, too
+UPLOAD_THREADS = 2
 
 SEND = (
     "Send JSON with Content-Type: application/json, or a file as it is: text/plain with one VIN a line, or text/csv"
@@ -3163,28 +3218,78 @@ class Layout(NamedTuple):
     model_year: int | None
 
 
+upload_threads = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
+
+
+async def in_upload_thread(work: Callable[..., Taken], *given: Any) -> Taken:
+    """What the work returns. The threads that all others share are free for what lookups need."""
+    return await asyncio.get_running_loop().run_in_executor(upload_threads, work, *given)
+
+
 class Fleet:
-    """A file of VINs that is open. What is wrong with it is raised as a 422 that names the line."""
+    """A file of VINs that is open. What is wrong with it is raised as a 422 that names the line.
+
+    What reads it is an iterator that yields None where it has read but found nothing, as an empty line is: so `step`
+    can end anywhere."""
 
     def __init__(self, file: BinaryIO, encoding: str, kind: str) -> None:
         self.marked = encoding in BYTE_ORDER_MARKS.values()
         # A byte that is no text becomes a lone surrogate here, which `_lines` finds in its line.
         errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
+        self._kind = kind
         self._number = 0  # of the line that was read last
-        self.layout = self._find_layout(kind)
-        self.form = CSV if self.layout or kind == CSV else JSONL  # in which it is answered
+        self._left = 0  # characters of this step
+        self.layout: Layout | None = None
+        self.form = JSONL  # in which it is answered
+        self.count = 0  # of its rows
 
-    def rows(self) -> Iterator[Row]:
-        """The rows, from the first one; an empty line is none."""
+    async def step(self, items: Iterator[Taken | None], most: int) -> tuple[list[Taken], bool]:
+        """What the iterator yields next: up to so many, fewer or none where the step ends first. And whether that is
+        all."""
+
+        def step() -> tuple[list[Taken], bool]:
+            self._left = STEP_CHARACTERS
+            taken: list[Taken] = []
+            for item in items:
+                if item is not None:
+                    taken.append(item)
+                if self._left <= 0 or len(taken) == most:
+                    return taken, False
+            return taken, True
+
+        return await in_upload_thread(step)
+
+    async def read_through(self, gone: Callable[[], Awaitable[bool]]) -> None:
+        """Find the layout and count the rows. Raises ClientDisconnect when the client is gone."""
+        for items in (self._find_layout(), self.rows()):
+            ended = False
+            while not ended:
+                taken, ended = await self.step(items, STEP_CHARACTERS)
+                self.count += len(taken)
+                if await gone():
+                    raise ClientDisconnect
+
+    def rows(self) -> Iterator[Row | None]:
+        """The rows, from the first one."""
         layout = self.layout
         if layout is None:
             for line in self._lines(LIST_CHARACTERS):
                 if line.strip(EDGES):
                     vin, _, model_year = line.rstrip("\r\n").partition(",")
                     yield Row(vin, model_year)
+                else:
+                    yield None
             return
-        for came, values in islice(self._sheet(layout.separator), 2 if layout.before else 1, None):
+        heads = 2 if layout.before else 1
+        for row in self._sheet(layout.separator):
+            if row is None:
+                yield None
+                continue
+            if heads:
+                heads -= 1
+                continue
+            came, values = row
             if len(values) > layout.columns:
                 raise self._invalid(f"{len(values)} columns, but only {layout.columns} have names")
             missing = layout.columns - len(values)
@@ -3194,9 +3299,15 @@ class Fleet:
             # pandas writes a column of years that has gaps as 1994.0
             yield Row(values[layout.vin], model_year.removesuffix(".0"), came)
 
-    def _find_layout(self, kind: str) -> Layout | None:
-        """By the first line and by what the file is said to be. None: a list, one VIN a line."""
-        first = next((line for line in self._lines(ROW_CHARACTERS) if line.strip(EDGES)), "")
+    def _find_layout(self) -> Iterator[None]:
+        """Set `layout` and `form`, by the first line and by what the file is said to be."""
+        self.layout = yield from self._search_layout(self._kind)
+        if self.layout or self._kind == CSV:
+            self.form = CSV
+
+    def _search_layout(self, kind: str) -> Generator[None, None, Layout | None]:
+        """None: a list, one VIN a line."""
+        first = yield from first_of(line if line.strip(EDGES) else None for line in self._lines(ROW_CHARACTERS))
         if not first:
             return None
         if first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
@@ -3209,7 +3320,10 @@ class Fleet:
         fault: RequestValidationError | None = None
         for separator in told[1] if told else ",;\t":
             try:
-                names, values = next(islice(self._sheet(separator), 1 if told else 0, None), ("", []))
+                sheet = self._sheet(separator)
+                if told:
+                    yield from first_of(sheet)
+                names, values = (yield from first_of(sheet)) or ("", [])
             except RequestValidationError as error:
                 fault = error
                 continue
@@ -3229,7 +3343,7 @@ class Fleet:
         listed = ", ".join(ascii(name[:40]) for name in columns[:10]) + (", ..." if len(columns) > 10 else "")
         raise invalid("columns", ("body",), f"No column is named vin; the first line names {listed or 'none'}")
 
-    def _sheet(self, separator: str) -> Iterator[tuple[str, list[str]]]:
+    def _sheet(self, separator: str) -> Iterator[tuple[str, list[str]] | None]:
         """The rows of a CSV file: the text as it came, without the line end, and the values."""
         parts: list[str] = []  # a line break in quotes does not end a row
 
@@ -3246,8 +3360,7 @@ class Fleet:
 
         try:
             for values in csv.reader(lines(), delimiter=separator, strict=True):
-                if values:
-                    yield "".join(parts).rstrip("\r\n"), values
+                yield ("".join(parts).rstrip("\r\n"), values) if values else None
                 parts.clear()
         except csv.Error as error:
             self._number -= len(parts) - 1
@@ -3268,6 +3381,7 @@ class Fleet:
             if not line:
                 return
             self._number += 1
+            self._left -= len(line) + LINE_COST
             if len(line) > most:
                 raise self._invalid(f"more than {most:,} characters: {EATEN}")
             yield line
@@ -3276,24 +3390,35 @@ class Fleet:
         return invalid("line", ("body", self._number), f"Line {self._number:,}: {what}")
 
 
-@asynccontextmanager
-async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> AsyncIterator[Fleet]:
-    """Receive a file and open it; it has no name, and is gone at the end, whatever happens.
+def first_of(items: Iterator[Taken | None]) -> Generator[None, None, Taken | None]:
+    """The first that is not None, which is yielded for each before it; None if there is none."""
+    for item in items:
+        if item is not None:
+            return item
+        yield
+    return None
 
-    Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, and a 422."""
+
+@asynccontextmanager
+async def receiving(
+    pieces: AsyncIterator[bytes], gone: Callable[[], Awaitable[bool]], folder: Path, kind: str
+) -> AsyncIterator[Fleet]:
+    """Receive a file and read it through; it has no name, and is gone at the end, whatever happens.
+
+    Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, a 422, and ClientDisconnect."""
     utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
     file: BinaryIO | None = None
     try:
         try:
-            file = cast(BinaryIO, await asyncio.to_thread(tempfile.TemporaryFile, dir=folder))
+            file = cast(BinaryIO, await in_upload_thread(partial(tempfile.TemporaryFile, dir=folder)))
             async for piece in pieces:  # the last one is empty
-                await asyncio.to_thread(file.write, piece)
+                await in_upload_thread(file.write, piece)
                 if encoding == "utf-8":
                     try:
                         utf_8.decode(piece, final=not piece)
                     except UnicodeDecodeError:
                         encoding = "cp1252"
-            await asyncio.to_thread(file.seek, 0)
+            await in_upload_thread(file.seek, 0)
         except OSError as error:
             log.warning("upload failed: %s", error)
             raise UploadFailed(f"The file cannot be kept ({reason(error)}); send it again later.") from None
@@ -3301,7 +3426,9 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
         if head.startswith(PACKED):
             raise UnsupportedBody("The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
         encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
-        yield await asyncio.to_thread(Fleet, file, encoding, kind)
+        fleet = Fleet(file, encoding, kind)
+        await fleet.read_through(gone)
+        yield fleet
     finally:
         if file is not None:
             with suppress(OSError):  # on a full disk, of what could not be written
@@ -3309,14 +3436,21 @@ async def receiving(pieces: AsyncIterator[bytes], folder: Path, kind: str) -> As
 
 
 async def in_windows(
-    rows: Iterator[Row], from_disk: bool, kept: "deque[Row] | None" = None
+    rows: Iterator[Row | None], fleet: Fleet | None, kept: "deque[Row] | None" = None
 ) -> AsyncIterator[list[Row]]:
     """The rows, some at a time; `kept` gets them too, where they are needed for CSV."""
     size = WINDOW if kept is None else WINDOW // 2  # a line of CSV takes twice as long
-    while window := await asyncio.to_thread(list, islice(rows, size)) if from_disk else [*islice(rows, size)]:
-        if kept is not None:
-            kept.extend(window)
-        yield window
+    ended = False
+    while not ended:
+        if fleet is None:
+            window = [row for row in islice(rows, size) if row]
+            ended = not window
+        else:
+            window, ended = await fleet.step(rows, size)
+        if window:
+            if kept is not None:
+                kept.extend(window)
+            yield window
 
 
 async def noting(lines: AsyncIterator[list[str]], count: int, client: str) -> AsyncIterator[list[str]]:
@@ -3366,7 +3500,8 @@ async def as_csv(
 
 # ======================================================================================================================
 # Export: the whole table as one Parquet file. It is built by a process of its own, so that no lookup waits for it: it
-# would hold Python's lock, and its SQLite driver brings a second SQLite, which must not share a process with ours.
+# would hold Python's lock, and its SQLite driver brings a second SQLite, which must not share a process with ours. The
+# file lies where uploads do; slow readers may hold many, which together leave half of the disk's room to the database.
 # ======================================================================================================================
 
 VERSION = "1.0.0"  # of this service; each export tells it
@@ -3467,19 +3602,30 @@ class Kind(NamedTuple):
 
 
 class Snapshot:
-    """A Parquet file in memory; where the system has no such thing, a temporary file. `path` leads to it for as long as
-    somebody has hold of this object."""
+    """A Parquet file, written once and read by many. `path` leads to it for as long as somebody has hold of this
+    object; it has no name where the system has another way to open it again."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.taken, self.age_began = time.time(), time.monotonic()
         self.etag = f'"{secrets.token_hex(16)}"'
-        if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
-            self.file = os.memfd_create("export")
+        self.size = 0
+        self.file, self.path = tempfile.mkstemp(".parquet", "vincache-", folder)
+        self._folder = folder
+        if os.path.exists("/proc/self/fd"):
+            os.unlink(self.path)
             self.path = f"/proc/self/fd/{self.file}"
         else:
-            self.file, self.path = tempfile.mkstemp(".parquet", "vincache-")
             weakref.finalize(self, os.unlink, self.path)
         weakref.finalize(self, os.close, self.file)  # the last one runs first
+
+    def write(self, piece: bytes, others: int) -> None:
+        """Raises OSError where there is no room, also if this one and the bytes of the others would take more than half
+        of what is free without them: the database needs the same disk."""
+        if self.size + others + len(piece) > shutil.disk_usage(self._folder).free:
+            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
+        self.size += len(piece)
+        while piece:
+            piece = piece[os.write(self.file, piece) :]
 
     def is_older_than(self, seconds: float) -> bool:
         return time.monotonic() > self.age_began + seconds
@@ -3490,8 +3636,10 @@ class Exporter:
 
     Of each kind one snapshot is kept for a while, so that all who read it by pieces find the same file."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, folder: Path) -> None:
         self._cache = cache
+        self._folder = folder  # for the files
+        self._alive = weakref.WeakSet[Snapshot]()
         self._process: asyncio.subprocess.Process | None = None
         self._building = asyncio.Lock()
         self._builds: set[asyncio.Task[Snapshot]] = set()
@@ -3558,13 +3706,15 @@ class Exporter:
                 return await self._build(kind)
             except (OSError, EOFError, NotImplementedError, StoreFault, sqlite3.DatabaseError) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
-                if not isinstance(
-                    error, StoreFault | sqlite3.DatabaseError
-                ):  # of the process nothing more can be expected
-                    await self._stop()
+                failure = ExportFailed("The export could not be built; ask again.")
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    said = f"The export cannot be kept ({reason(error)}); ask again later."
+                    failure = ExportFailed(said, retry_after=60)
+                if not isinstance(error, StoreFault | sqlite3.DatabaseError):
+                    await self._stop()  # of the process nothing more can be expected
                 elif "malformed" in str(error) or "not a database" in str(error):
                     await self._cache.doubt(str(error))
-                raise ExportFailed("The export could not be built; ask again.") from None
+            raise failure  # outside of the except: it would keep the error, whose frames keep the file open
 
     async def _build(self, kind: Kind) -> Snapshot:
         """The file, as the exporting process writes it.
@@ -3583,7 +3733,8 @@ class Exporter:
             )
         orders = cast(asyncio.StreamWriter, self._process.stdin)
         frames = cast(asyncio.StreamReader, self._process.stdout)
-        snapshot = Snapshot()  # now: all that was stored before will be in it
+        snapshot = Snapshot(self._folder)  # now: all that was stored before will be in it
+        self._alive.add(snapshot)
         async with self._cache.copy() as database:
             order = {
                 "database": database,
@@ -3599,7 +3750,9 @@ class Exporter:
             }
             orders.write(f"{json.dumps(order)}\n".encode())
             while piece := await self._receive(frames):
-                os.write(snapshot.file, piece)
+                others = sum(other.size for other in self._alive if other is not snapshot)
+                async with asyncio.timeout(EXPORT_SILENCE):  # a disk may hang
+                    await asyncio.to_thread(snapshot.write, piece, others)
             if fault := await self._receive(frames):
                 raise sqlite3.DatabaseError(fault.decode())
             return snapshot
@@ -3628,36 +3781,37 @@ class Exporter:
 # 429, then 413 or 415, then 422.
 # ======================================================================================================================
 
-Tag = Literal["lookup", "remove", "export", "metrics"]  # what a request is about: the first part of its path
+Tag = Literal["lookup", "cache", "export", "metrics", "health", "docs"]  # what a route is about
+OPEN: set[Tag] = {"health", "docs"}  # what anybody may ask; all other routes want the key, where one is set
 
 BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
 
 KEY_HEADER = "X-API-Key"
+NO_KEY = f"This needs a valid key in the header {KEY_HEADER}."
 API_KEY = APIKeyHeader(name=KEY_HEADER, auto_error=False, description="One of the keys that the operator has set")
 
 
 class Doors:
-    """The key and the limits, by what a request is about."""
+    """The key and the limits, by what the matched route is about."""
 
     def __init__(self, settings: Settings, rates: Rates) -> None:
         self._rates = rates
-        self._keys = [key.encode() for key in settings.api_keys]
-        self.locked: set[Tag] = set()
-        if self._keys:
-            self.locked = {"remove", "export", "metrics", *(("lookup",) if settings.private else ())}
-        else:
+        self.keys = [key.encode() for key in settings.api_keys]
+        self.open = OPEN | (set() if settings.private else {"lookup"})  # the tags that need no key
+        if not self.keys:
+            self.open = {*get_args(Tag)}
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
         self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
-        self.guarded = self.locked | self.limits.keys()
+        self.free = self.open - self.limits.keys()  # the tags for which there is nothing to check
 
     async def enter(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
-        if tag in self.locked:
+        if tag not in self.open:
             given = Headers(scope=scope).get(KEY_HEADER, "").encode("latin-1")
             # All are compared, as bytes and in constant time: the time taken tells nothing.
-            if not any([hmac.compare_digest(given, key) for key in self._keys]):
-                raise API_KEY.make_not_authenticated_error()
+            if not any([hmac.compare_digest(given, key) for key in self.keys]):
+                raise HTTPException(401, NO_KEY, {"WWW-Authenticate": "APIKey"})
         if tag != "export":
             await self.count(scope, tag, 1)
         elif is_plain(scope):
@@ -3746,7 +3900,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
-            Exporter(cache) as exporter,
+            Exporter(cache, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
         ):
             doors = Doors(settings, rates)
@@ -3768,9 +3922,10 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
 
 
 # ======================================================================================================================
-# Front: what happens before FastAPI. It is one ASGI middleware, inside FastAPI's telemetry: the prefix is taken off the
-# path, the doors are passed, a cached VIN is answered, and so is what the routes have no answer for: OPTIONS, a method
-# that a path does not have, an address with a slash too many. Everything else is for the routes.
+# Front: what happens before FastAPI. It is one ASGI middleware, inside FastAPI's telemetry, and the only reader of the
+# path: it finds the route once, and by that route the doors are passed, a cached VIN is answered, and so is what the
+# routes have no answer for: OPTIONS, a method that a path does not have, an address with a slash too many. Everything
+# else is for the route that was found.
 # ======================================================================================================================
 
 PREFIX = "/api/v1"
@@ -3778,20 +3933,61 @@ PREFIX = "/api/v1"
 # A lookup as services send it, a normal VIN and nothing else: to let FastAPI take it apart takes longer than the hit.
 CANONICAL = re.compile(r"/lookup(?:\?vin=([0-9A-Z]{17})|/([0-9A-Z]{17})\?)")
 
-TAGS: dict[str, Tag] = {
-    "lookup": "lookup",
-    "remove": "remove",
-    "export": "export",
-    "export.parquet": "export",
-    "metrics": "metrics",
-}
+# Routes that ignore query parameters which they don't have, because load balancers add some to /healthz, bookmarks to
+# /docs, and Prometheus to /metrics: there nobody takes the answer for one that has honoured them.
+LENIENT: set[Tag] = OPEN | {"metrics"}
+
+
+class TaggedRoute(APIRoute):
+    """A route with one tag, which says what it is about. `Front` finds it: FastAPI's router only goes by that."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        [self.tag] = cast(list[Tag], self.tags)  # without one the service does not start
+        self.allowed = {*(self.methods or ())}
+        if "GET" in self.allowed:
+            self.allowed.add("HEAD")
+        self._parameters = [field.alias for field in self.dependant.query_params]
+
+    def serves(self, scope: Scope) -> bool:
+        """Whether it is for such a request, of those at its path."""
+        return scope["method"] in self.allowed
+
+    def body_bytes(self, _: Settings) -> int:
+        """How large a body may be."""
+        return BODY_BYTES
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return Match.FULL if scope.get("route") is self else Match.NONE, {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.tag not in LENIENT:
+            self._check_query(QueryParams(scope["query_string"]))
+        await self.app(scope, receive, send)
+
+    def _check_query(self, given: QueryParams) -> None:
+        """Raises a 422 for a parameter that the handler does not have, and for one that is given more than once: the
+        last would win, a cache before us may go by the first."""
+        try:
+            refuse_unknown(given.keys(), self._parameters, "parameter")
+        except PydanticCustomError as error:
+            raise invalid(error.type, ("query",), error.message()) from None
+        for name in given:
+            if len(given.getlist(name)) > 1:
+                raise invalid("repeated", ("query", name), f"Give {name} only once")
 
 
 class Front:
-    """The one way in."""
+    """The one way in: what is no `TaggedRoute` can't be reached."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
+        by_path: dict[str, list[TaggedRoute]] = {}
+        for route in routes:
+            if isinstance(route, TaggedRoute):
+                by_path.setdefault(route.path, []).append(route)
+        self._literal = {path: here for path, here in by_path.items() if not here[0].param_convertors}
+        self._patterns = [(here[0].path_regex, here) for here in by_path.values() if here[0].param_convertors]
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
@@ -3801,30 +3997,50 @@ class Front:
             return cors(scope, receive, send)
         return self._enter(scope, receive, send)
 
+    def _find(self, path: str) -> tuple[list[TaggedRoute], dict[str, str]]:
+        """The routes at a path, and its parameters. /lookup/batch is itself, and no /lookup/{vin}; with a control
+        character in it a path is none."""
+        if here := self._literal.get(path):
+            return here, {}
+        if CONTROL.search(path):
+            return [], {}
+        for pattern, here in self._patterns:
+            if found := pattern.fullmatch(path):  # not `match`: the pattern's $ would also match before a line end
+                return here, found.groupdict()
+        return [], {}
+
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope["root_path"])
         if path == PREFIX or path.startswith(f"{PREFIX}/"):
             path = path.removeprefix(PREFIX)
-            scope["root_path"] += PREFIX  # for the router: so much of the path has been dealt with
-        method, tag = scope["method"], TAGS.get(path[1:].partition("/")[0])
-        answer = self._app
+            scope["root_path"] += PREFIX  # for who tells addresses: so much of the path has been dealt with
+        method, answer = scope["method"], self._app
         try:
+            here, parameters = self._find(path.removesuffix("/") or "/")
+            if not here:
+                raise HTTPException(404)
+            for route in here:
+                if route.serves(scope):
+                    break
+            else:
+                route = here[0]  # for its tag: `detour` answers
+            scope["route"], scope["path_params"] = route, parameters
+            # Hits and errors never reach FastAPI's router, which tells its telemetry the route, by no public name.
+            _route_selected(scope=scope, path=route.path_format)
             doors: Doors = scope["state"]["doors"]
             # OPTIONS tells no more than /docs, and browsers send it without a key.
-            if tag in doors.guarded and method != "OPTIONS":
-                await doors.enter(scope, tag)
-            if tag == "lookup" and method in ("GET", "HEAD"):
+            if route.tag not in doors.free and method != "OPTIONS":
+                await doors.enter(scope, route.tag)
+            if route.tag == "lookup" and method in ("GET", "HEAD"):
                 canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
                 if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):
                     status, headers, body = rendered(hit, scope)  # a Response would do the same, but not as fast
                     await send({"type": "http.response.start", "status": status, "headers": headers})
                     await send({"type": "http.response.body", "body": body})
                     return
-            answer = detour(scope, path) or self._app
+            answer = detour(scope, path, here) or self._app
             if method == "POST":
-                is_file = path == "/lookup/batch" and not is_json(Headers(scope=scope).get("content-type", ""))
-                most = scope["state"]["settings"].upload_bytes if is_file else BODY_BYTES
-                receive = bounded(scope, receive, most)
+                receive = bounded(scope, receive, route.body_bytes(scope["state"]["settings"]))
         except HTTPException as error:
             answer = await render_error(Request(scope), error)
         await answer(scope, receive, send)
@@ -3845,26 +4061,23 @@ CORS: dict[str, Any] = {
 }
 
 
-def detour(scope: Scope, path: str) -> Response | None:
-    """The answer to a request that the routes have none for: what its path allows, or where it should have gone.
+def detour(scope: Scope, path: str, here: list[TaggedRoute]) -> Response | None:
+    """The answer to a request that the routes at its path have none for: what the path allows, or where the request
+    should have gone.
 
     Raises a 405 for a method that the path does not have."""
-    routes: list[Route] = scope["app"].routes
-    # /lookup/batch is itself, and no /lookup/{vin}.
-    here = [route for route in routes if route.path == path] or [r for r in routes if r.path_regex.match(path)]
-    if here:
-        methods = {"OPTIONS"}.union(*(route.methods or () for route in here))
-        allow = {"Allow": ", ".join(sorted(methods))}
-        if scope["method"] == "OPTIONS":
-            return Response(status_code=204, headers=allow)
-        if scope["method"] not in methods:
-            raise HTTPException(405, headers=allow)
-    elif not path:
+    if not path:
         return RedirectResponse(f"{PREFIX.rpartition('/')[2]}/")
-    elif path.endswith("/") and any(route.path_regex.match(path[:-1]) for route in routes):
+    if path.endswith("/") and path != "/":
         # Relative: what the address is outside, only the proxy knows.
         query = scope["query_string"].decode("latin-1")
         return RedirectResponse(f"../{quote(path.split('/')[-2], safe='')}" + (f"?{query}" if query else ""))
+    methods = {"OPTIONS"}.union(*(route.allowed for route in here))
+    allow = {"Allow": ", ".join(sorted(methods))}
+    if scope["method"] == "OPTIONS":
+        return Response(status_code=204, headers=allow)
+    if scope["method"] not in methods:
+        raise HTTPException(405, headers=allow)
     return None
 
 
@@ -3915,12 +4128,13 @@ app = FastAPI(
     version=VERSION,
     summary="Decodes VINs with NHTSA's vPIC, once, and remembers the answer.",
     lifespan=lifespan,
-    middleware=[Middleware(Front)],
     exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
     openapi_url=None,  # both have a route of their own below
     docs_url=None,
     redirect_slashes=False,  # Front's are relative
 )
+app.router.route_class = TaggedRoute
+app.add_middleware(Front, routes=app.routes)  # made at the start, when all routes are there
 
 Told = dict[int | str, dict[str, Any]]
 
@@ -3933,7 +4147,7 @@ def problem(description: str, detail: str, **fields: str) -> dict[str, Any]:
 
 
 # With the limits' numbers where `described` knows them.
-KEY: Told = {401: problem("No key, or a wrong one", "Not authenticated")}
+KEY: Told = {401: problem("No key, or a wrong one", NO_KEY)}
 LIMIT: Told = {429: problem("Too many; Retry-After says when", "The limit is 10 per 1 minute; ask again later.")}
 BODY: Told = {
     400: problem("The body can't be read", "There was an error parsing the body"),
@@ -3957,6 +4171,13 @@ LOOKUP: Told = {
         vin=EXAMPLE,
     ),
     504: problem("vPIC did not answer in time", "vPIC did not answer in time; ask again later.", vin=EXAMPLE),
+}
+NO_PATH: Told = {404: problem("A path with a control character in it", "Not Found")}
+UNDECODABLE_OR_NO_PATH: Told = {
+    404: {
+        "model": Undecodable | Problem,
+        "description": "vPIC can't decode this VIN; that is cached too. Or there is a control character in the path",
+    }
 }
 SAME: Told = {304: {"description": "It is what If-None-Match names"}}
 UNAVAILABLE: Told = {
@@ -4007,23 +4228,6 @@ by_key = Security(API_KEY)  # for the schema only, and there `described` decides
 def filled(body: Any) -> dict[str, Any]:
     """What stands in the body's field in /docs."""
     return {"requestBody": {"content": {"application/json": {"example": body}}}}
-
-
-def queried(*known: str) -> Any:
-    """A check of the query: a 422 for a parameter that is not known, and for one that is given more than once: the last
-    would win, a cache before us may go by the first."""
-
-    async def check(request: Request) -> None:
-        given = request.query_params
-        try:
-            refuse_unknown(given.keys(), known, "parameter")
-        except PydanticCustomError as error:
-            raise invalid(error.type, ("query",), error.message()) from None
-        for name in given:
-            if len(given.getlist(name)) > 1:
-                raise invalid("repeated", ("query", name), f"Give {name} only once")
-
-    return Depends(check)
 
 
 async def look_up(request: Request, question: Question, details: bool) -> Response:
@@ -4083,8 +4287,8 @@ Details = Annotated[bool, Query(description="With all that vPIC says, as `attrib
     tags=["lookup"],
     summary="Decode a VIN",
     response_model=Vehicle,
-    responses=LOOKUP | SAME,
-    dependencies=[by_key, queried("model_year", "details")],
+    responses=LOOKUP | SAME | UNDECODABLE_OR_NO_PATH,
+    dependencies=[by_key],
 )
 @app.get(
     "/lookup",
@@ -4092,7 +4296,7 @@ Details = Annotated[bool, Query(description="With all that vPIC says, as `attrib
     summary="Decode a VIN",
     response_model=Vehicle,
     responses=LOOKUP | SAME,
-    dependencies=[by_key, queried("vin", "model_year", "details")],
+    dependencies=[by_key],
 )
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
@@ -4113,13 +4317,14 @@ async def lookup_posted(body: LookupBody, request: Request) -> Response:
     return await look_up(request, body.question, body.details)
 
 
-class FileRoute(APIRoute):
+class FileRoute(TaggedRoute):
     """A route for what is not sent as JSON: FastAPI would read it into memory first."""
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if is_json(Headers(scope=scope).get("content-type", "")):
-            return Match.NONE, {}
-        return super().matches(scope)
+    def serves(self, scope: Scope) -> bool:
+        return super().serves(scope) and not is_json(Headers(scope=scope).get("content-type", ""))
+
+    def body_bytes(self, settings: Settings) -> int:
+        return settings.upload_bytes
 
 
 async def received(request: Request) -> AsyncIterator[Fleet]:
@@ -4128,7 +4333,8 @@ async def received(request: Request) -> AsyncIterator[Fleet]:
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
-        async with receiving(request.stream(), request.state.settings.upload_folder, kind) as fleet:
+        folder = request.state.settings.upload_folder
+        async with receiving(request.stream(), request.is_disconnected, folder, kind) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None
@@ -4138,22 +4344,15 @@ async def lookup_file(
     fleet: Annotated[Fleet, Depends(received)], request: Request, details: Details = False
 ) -> StreamingResponse:
     """Decode a file of VINs: a list, or CSV, whose columns come back with ours behind them."""
-    count = 0
-    async for window in in_windows(fleet.rows(), from_disk=True):
-        count += len(window)
-    return await tell_lines(request, fleet.rows(), count, details, fleet.form, fleet)
+    return await tell_lines(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
 
 
 # Before the route for JSON, which would take all.
-app.routes.append(
-    FileRoute(
-        "/lookup/batch", lookup_file, methods=["POST"], include_in_schema=False, dependencies=[queried("details")]
-    )
-)
+app.routes.append(FileRoute("/lookup/batch", lookup_file, methods=["POST"], tags=["lookup"], include_in_schema=False))
 
 
 async def tell_lines(
-    request: Request, rows: Iterator[Row], count: int, details: bool, form: str, fleet: Fleet | None = None
+    request: Request, rows: Iterator[Row | None], count: int, details: bool, form: str, fleet: Fleet | None = None
 ) -> StreamingResponse:
     """The lines for so many rows, in this form unless another one is asked for."""
     doors: Doors = request.state.doors
@@ -4163,7 +4362,7 @@ async def tell_lines(
     form = next((name for name in accepted if name in (CSV, JSONL)), form)
     kept = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
-    lines = noting(request.state.lookups.batch(in_windows(rows, fleet is not None, kept), details), count, client)
+    lines = noting(request.state.lookups.batch(in_windows(rows, fleet, kept), details), count, client)
     told = as_jsonl(lines) if kept is None else as_csv(lines, kept, fleet, details)
     return StreamingResponse(told, headers={"X-Total-Count": str(count)}, media_type=form)
 
@@ -4174,7 +4373,7 @@ async def tell_lines(
     summary="Decode many VINs",
     response_class=StreamingResponse,
     responses=LINES_SENT | KEY | VIN | LIMIT | BODY | UPLOAD,
-    dependencies=[by_key, queried("details")],
+    dependencies=[by_key],
     openapi_extra=BATCH_TAKEN,
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
@@ -4189,16 +4388,10 @@ async def lookup_batch(body: BatchBody, request: Request, details: Details = Fal
     "/remove/{vin}",
     tags=["cache"],
     summary="Forget a VIN",
-    responses=KEY | VIN | UNAVAILABLE,
-    dependencies=[by_key, queried()],
+    responses=KEY | VIN | UNAVAILABLE | NO_PATH,
+    dependencies=[by_key],
 )
-@app.delete(
-    "/remove",
-    tags=["cache"],
-    summary="Forget a VIN",
-    responses=KEY | VIN | UNAVAILABLE,
-    dependencies=[by_key, queried("vin")],
-)
+@app.delete("/remove", tags=["cache"], summary="Forget a VIN", responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key])
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return Removed(vin=vin, cache_delete_success=await request.state.cache.remove(vin))
@@ -4218,9 +4411,9 @@ async def remove_posted(body: RemoveBody, request: Request) -> Removed:
     summary="Download the cache",
     response_class=FileResponse,
     responses=FILE_SENT | KEY | LIMIT | VIN | UNAVAILABLE,
-    dependencies=[by_key, queried("compression", "details")],
+    dependencies=[by_key],
 )
-@app.get("/export.parquet", include_in_schema=False, dependencies=[queried("compression", "details")])
+@app.get("/export.parquet", tags=["export"], include_in_schema=False)
 async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
     """Download the whole cache as one Parquet file: every row, expired and undecodable ones too.
 
@@ -4267,7 +4460,7 @@ async def readyz(request: Request, response: Response) -> Readiness:
     return Readiness(status=status, cache=cache, vpic=request.state.vpic.state)
 
 
-@app.get("/metrics", include_in_schema=False)
+@app.get("/metrics", tags=["metrics"], include_in_schema=False)
 async def scraped(request: Request) -> Response:
     """What Prometheus collects; 404 unless the settings want it."""
     scrape: Scrape | None = request.state.scrape
@@ -4277,7 +4470,7 @@ async def scraped(request: Request) -> Response:
     return Response(body, headers={"Content-Type": content_type})
 
 
-@app.get("/", include_in_schema=False)
+@app.get("/", tags=["docs"], include_in_schema=False)
 async def index() -> RedirectResponse:
     return RedirectResponse("docs")  # relative: under the prefix and behind a proxy, too
 
@@ -4285,26 +4478,30 @@ async def index() -> RedirectResponse:
 def described(doors: Doors, settings: Settings) -> dict[str, Any]:
     """The schema, as it is with these settings: a key only where one is wanted, and the limits' numbers."""
     schema = deepcopy(app.openapi())
-    for path, operations in schema["paths"].items():
-        tag = TAGS.get(path.split("/")[1])
+    for operations in schema["paths"].values():
         for operation in operations.values():
+            tag: Tag = operation["tags"][0]
             responses = operation["responses"]
-            for parameter in operation.get("parameters", ()):  # /docs shows a description only here
+            for parameter in operation.get("parameters", ()):
+                # /docs shows a description only here.
                 parameter.setdefault("description", parameter["schema"].get("description", ""))
-            if tag not in doors.locked:
+                if parameter["in"] == "path":  # of a VIN, where a control character is a 404
+                    pattern = vin_pattern(CONTROL.sub("", EDGES))
+                    parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
+            if tag in doors.open:
                 operation.pop("security", None)
                 responses.pop("401", None)
-            if "429" in responses and (limit := doors.limits.get(cast(Tag, tag))):
+            if "429" in responses and (limit := doors.limits.get(tag)):
                 responses["429"]["description"] = f"More than {limit}; Retry-After says when to ask again"
             else:
                 responses.pop("429", None)
-    if not doors.locked:
+    if not doors.keys:
         del schema["components"]["securitySchemes"]
     schema["components"]["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
     return schema
 
 
-@app.get("/openapi.json", include_in_schema=False)
+@app.get("/openapi.json", tags=["docs"], include_in_schema=False)
 async def openapi(request: Request) -> JSONResponse:
     schema = described(request.state.doors, request.state.settings)
     if root_path := request.scope["root_path"]:
@@ -4312,7 +4509,7 @@ async def openapi(request: Request) -> JSONResponse:
     return JSONResponse(schema)
 
 
-@app.get("/docs", include_in_schema=False)
+@app.get("/docs", tags=["docs"], include_in_schema=False)
 async def docs() -> HTMLResponse:
     """The schema as a page, for people; all addresses in it are relative, and none is another host's."""
     return get_swagger_ui_html(
@@ -4333,17 +4530,9 @@ async def docs() -> HTMLResponse:
 PAGES = StaticFiles(packages=[("fastapi_swagger", "resources")])
 
 
-@app.get("/docs/{file}", include_in_schema=False)
+@app.get("/docs/{file}", tags=["docs"], include_in_schema=False)
 async def docs_file(file: str, request: Request) -> Response:
     return await PAGES.get_response(file, request.scope)
-
-
-# HEAD is there wherever GET is.
-for route in cast(list[Route], app.routes[:]):
-    if route.methods == {"GET"}:
-        head = copy(route)
-        head.methods, head.include_in_schema = {"HEAD"}, False
-        app.routes.append(head)
 
 
 # Now, so that uvicorn's first lines have the form too; a bad setting is told by the lifespan.

@@ -46,7 +46,7 @@ from functools import cache
 from http.client import HTTPConnection, HTTPSConnection
 from importlib.metadata import requires
 from itertools import count as counting
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -781,6 +781,50 @@ def test_a_typo_in_the_file_is_named_too(tmp_path: Path, monkeypatch: pytest.Mon
         )
 
 
+INJECTED = {
+    "SERVICE_HOST": "10.0.0.1",
+    "SERVICE_PORT": "6379",
+    "SERVICE_PORT_HTTP": "6379",
+    "PORT": "tcp://10.0.0.1:6379",
+    "PORT_6379_TCP": "tcp://10.0.0.1:6379",
+    "PORT_6379_TCP_PROTO": "tcp",
+    "PORT_6379_TCP_PORT": "6379",
+    "PORT_6379_TCP_ADDR": "10.0.0.1",
+    "PORT_53_UDP_ADDR": "fd00::1",
+    "PORT_9_SCTP": "sctp://[fd00::1]:9",
+}
+
+
+@pytest.mark.parametrize("service", ["", "redis_", "export_limit_", "a_port_service_"])
+def test_what_a_cluster_injects_is_no_typo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: str) -> None:
+    """Kubernetes tells each container of all services, also of those whose names begin with vincache."""
+    monkeypatch.chdir(tmp_path)
+    with environment(**{service + name: value for name, value in INJECTED.items()}):
+        assert main.read_settings().log == "text"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("EXPORT_LIMT", "1/minute"),
+        ("API_KEYS", "crown"),
+        ("EXPORT", "tcp://10.0.0.1:80"),
+        ("REDIS_PORT", "6379"),
+        ("PORT", "8000"),
+        ("PORT_HTTP", "80"),
+        ("REDIS_PORT_6379", "tcp://10.0.0.1:6379"),
+        ("SERVICE_HOSTS", "10.0.0.1"),
+    ],
+)
+def test_what_looks_like_injected_is_a_typo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Neither the end of a name nor an address as the value is enough by itself."""
+    monkeypatch.chdir(tmp_path)
+    with environment(**{name: value}), pytest.raises(main.StartupError, match=f"VINCACHE_{name} is no setting"):
+        main.read_settings()
+
+
 def test_a_file_in_another_encoding_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As some editors save it, nothing of it could be read."""
     monkeypatch.chdir(tmp_path)
@@ -901,14 +945,51 @@ async def test_unknown_parameters_and_keys_are_refused(
     assert vpic.calls == []
 
 
+TAKES_ANYTHING = {"/", "/docs", "/docs/{file}", "/openapi.json", "/healthz", "/readyz", "/metrics"}
+
+
+async def test_every_route_refuses_parameters_that_it_does_not_have(service: Service, vpic: PlayedVpic) -> None:
+    """Whatever else is right or wrong, but for health, documentation and metrics; a body's keys are no parameters."""
+    refused = 0
+    for route in main.app.routes:
+        path = route.path.format(vin=TRUCK, file="swagger-ui.css")
+        if isinstance(route, main.FileRoute):
+            sent: dict[str, Any] = {"data": TRUCK, "headers": {"Content-Type": "text/plain"}}
+        elif "POST" in route.methods:
+            sent = {"json": {"vins": [TRUCK]} if path == "/lookup/batch" else {"vin": TRUCK}}
+        else:
+            sent = {}
+        for method in route.methods:
+            for prefix in PREFIXES:
+                status, body, _ = await service.ask(method, f"{prefix}{path}?surely=1", **sent)
+                assert (status == 422) == (route.path not in TAKES_ANYTHING), (method, path)
+                if status == 422 and method != "HEAD":
+                    assert body["detail"][0]["msg"] == "Unknown parameter: 'surely'"
+                    refused += 1
+    assert refused >= 20
+    for path, body, told in (
+        ("/lookup?model_year=1994&details=true", {"vin": TRUCK}, "Unknown parameter: 'model_year', 'details'"),
+        ("/remove?x=1", {"vin": TRUCK}, "Unknown parameter: 'x'"),
+        ("/lookup/batch?details=true&details=true", {"vins": [TRUCK]}, "Give details only once"),
+    ):
+        status, got = await service.post(path, body)
+        assert (status, got["detail"][0]["msg"]) == (422, told)
+    assert (vpic.calls, service.rows()) == ([], [])
+
+
+NOT_FOUND = {"detail": "Not Found"}
+
+
 @pytest.mark.parametrize(("vin", "told"), BAD_VINS.values(), ids=BAD_VINS)
 async def test_what_is_no_vin_is_422_in_one_shape(service: Service, vpic: PlayedVpic, vin: str, told: str) -> None:
-    """All forms under both prefixes tell the cause in the same words; nothing is echoed, asked for or stored."""
+    """All forms under both prefixes tell the cause in the same words, but that a path with a control character is
+    none; nothing is echoed, asked for or stored."""
     for form in WAYS_IN:
         for prefix in PREFIXES:
             status, body, _ = await service.send(form, vin, prefix)
             fault = {"type": "vin", "loc": [form[2], "vin"], "msg": told}
-            assert (status, body) == (422, {"detail": [fault]}), (form, prefix)
+            no_path = form[2] == "path" and main.CONTROL.search(vin)
+            assert (status, body) == ((404, NOT_FOUND) if no_path else (422, {"detail": [fault]})), (form, prefix)
     assert (vpic.calls, service.rows()) == ([], [])
 
 
@@ -936,17 +1017,23 @@ async def test_what_is_no_vin_is_422_in_one_shape(service: Service, vpic: Played
     ],
 )
 async def test_ways_to_write_one_vin_share_one_row(service: Service, vpic: PlayedVpic, written: str) -> None:
-    """Case, and what padding, copying and spreadsheets leave around a VIN, make no difference, in any form."""
+    """Case, and what padding, copying and spreadsheets leave around a VIN, make no difference, in any form; only that a
+    path has no control characters."""
+    no_path = main.CONTROL.search(written) is not None
     for form in LOOKUPS:
         for prefix in PREFIXES:
             status, body, _ = await service.send(form, written, prefix)
-            assert (status, body["vin"]) == (200, TRUCK)
+            if no_path and form[2] == "path":
+                assert (status, body) == (404, NOT_FOUND)
+            else:
+                assert (status, body["vin"]) == (200, TRUCK)
     assert vpic.calls == [[TRUCK]]
     assert [row["vin"] for row in service.rows()] == [TRUCK]
     for form in REMOVALS:
         await service.lookup(TRUCK)
         status, body, _ = await service.send(form, written)
-        assert (status, body) == (200, {"vin": TRUCK, "cache_delete_success": True})
+        removed = (200, {"vin": TRUCK, "cache_delete_success": True})
+        assert (status, body) == ((404, NOT_FOUND) if no_path and form[2] == "path" else removed)
 
 
 @pytest.mark.parametrize(
@@ -1064,7 +1151,7 @@ async def test_log_is_one_line_an_event(launch: Launch, vpic: PlayedVpic, form: 
 
         assert await status("GET", f"/lookup/{TRUCK}") == 200
         vpic.fault = refuses(403)
-        assert await status("GET", f"/lookup/{OTHER_TRUCK}%0d%0aFAKE") == 422
+        assert await status("GET", f"/lookup/{OTHER_TRUCK}%0d%0aFAKE") == 404
         assert await status("GET", f"/lookup/{OTHER_TRUCK}") == 503
         assert await status("DELETE", f"/remove/{OTHER_TRUCK}", "jewel") == 401
         sql(process.database, BEYOND_TIME)
@@ -1282,16 +1369,21 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
         process = await launch().started()
-        for _ in range(3):
-            await ask(f"{process.url}/lookup/{TRUCK}")
+        for path in (f"/lookup/{TRUCK}", f"/lookup/{TRUCK}", f"/api/v1/lookup/{TRUCK}", f"/lookup?vin={TRUCK}"):
+            await ask(f"{process.url}{path}")
         process.signal(signal.SIGTERM)  # what is left goes out at the end
         await process.ended()
     assert b"/lookup/{vin}" in received["/v1/traces"]
-    # Hits are seen too, though they never reach a route.
+    # Hits are seen too, and of which route they are, though they never reach it.
     traces = ExportTraceServiceRequest.FromString(received["/v1/traces"])
     spans = [span for resource in traces.resource_spans for scope in resource.scope_spans for span in scope.spans]
-    paths = [value.value.string_value for span in spans for value in span.attributes if value.key == "url.path"]
-    assert paths.count(f"/lookup/{TRUCK}") == 3
+    told = [{value.key: value.value.string_value for value in span.attributes} | {"name": span.name} for span in spans]
+    paths = {"/lookup": 1, f"/lookup/{TRUCK}": 2, f"/api/v1/lookup/{TRUCK}": 1}
+    assert Counter(span["url.path"] for span in told if "/lookup" in span.get("url.path", "")) == paths
+    for span in told:
+        if "/lookup" in span.get("url.path", ""):
+            route = "/lookup" if span["url.path"] == "/lookup" else "/lookup/{vin}"
+            assert (span["http.route"], span["name"]) == (route, f"GET {route}")
     for name in (
         b"vincache.lookups",
         b"vincache.store.duration",
@@ -1317,11 +1409,13 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
         r'vincache_lookups_total\{.*outcome="hit".*\} 1\.0',
         r'vincache_vpic_duration_seconds_count\{.*outcome="ok".*\} 1\.0',
         r"vincache_vpic_breaker\{.*\} 0\.0",
-        r'http_server_request_duration_seconds_count\{.*http_route="/lookup".*\} ',
+        r'http_server_request_duration_seconds_count\{.*http_route="/lookup".*\} 2\.0',  # one is a hit
+        r'http_server_request_duration_seconds_count\{.*status_code="401".*http_route="/metrics".*\} 1\.0',
     ):
         assert re.search(pattern, told), pattern
     assert 0.25 < quantile(told, "vincache_vpic_duration_seconds", 0.99) < 3
     assert 0 < quantile(told, "vincache_store_duration_seconds", 0.5) < 0.5
+    assert 'http_route=""' not in told
     async with without.serving(vpic) as service:
         assert (await service.get("/metrics"))[0] == 404
 
@@ -1921,10 +2015,10 @@ async def test_the_wal_gives_back_what_it_grew_by(tmp_path: Path) -> None:
             reader.execute("SELECT count(*) FROM vehicles").fetchall()
             for vin in trucks(16):
                 rows = json.dumps([(*record(vin, attributes=json.dumps({"Note": "x" * 10**6})), None)])
-                await store.write(main.STORE, (rows,))
+                await store.write((main.STORE, (rows,)))
             assert wal.stat().st_size > 15 * 10**6
         for _ in range(3):
-            await store.write(main.PROBE, ())
+            await store.write((main.PROBE, ()))
         assert wal.stat().st_size <= 8 * 2**20
 
 
@@ -1977,7 +2071,7 @@ async def test_a_new_file_is_its_groups_where_the_folder_is(tmp_path: Path, fold
         for cause in ("", "played"):
             if cause:
                 await store.doubt(cause)
-            await store.write(main.PROBE, ())
+            await store.write((main.PROBE, ()))
             assert [Path(f"{database}{part}").stat().st_mode & 0o777 for part in main.PARTS] == [mode] * 3
 
 
@@ -2194,8 +2288,9 @@ async def test_rows_come_back_as_they_were_stored(database: Database) -> None:
                 line, outcome = lines[row.question]
                 assert (json.loads(line), outcome) == (json.loads(row.line("hit", details)), "hit")
         assert await asyncio.gather(*map(cache.hit, questions)) == [*(await cache.answers(questions)).values()]
-        await cache.store([(record(year="1994"), None)])
-        assert (await cache.records([asked.question]))[0] == {asked.question: record(year="1994")}
+        again = record(year="1994")
+        await cache.store([(again, None)])
+        assert (await cache.records([asked.question]))[0] == {asked.question: again}
 
 
 @BOTH
@@ -3953,7 +4048,7 @@ async def test_vin_missing_from_an_answer_fails_alone(service: Service) -> None:
 
 async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) -> None:
     """With vPIC down, expired rows are served stale and unknown VINs offline, line by line."""
-    async with start(breaker_failures=1, vpic_batch_timeout=0.001, breaker_seconds=0.2) as service:
+    async with start(breaker_failures=1, vpic_batch_timeout=0.5, breaker_seconds=0.7) as service:
         await service.lookup(TRUCK)
         service.expire()
         vpic.fault = refuses(403)
@@ -4044,7 +4139,7 @@ async def test_the_model_year_asked_for_is_honoured(service: Service, vpic: Play
     assert [row["model_year_asked"] for row in service.rows()] == ["", "1994"]
 
 
-@pytest.mark.parametrize("year", ["1979", "2099", "94", "x", " 19 94", "\uff11994", "-1994", "1e3", "19940"])
+@pytest.mark.parametrize("year", ["1979", "2099", "94", "x", " 19 94", "\uff11994", "-1994", "1e3", "19940", "02014"])
 @pytest.mark.parametrize("form", YEAR_FORMS)
 async def test_what_is_no_model_year_is_422(service: Service, vpic: PlayedVpic, form: str, year: str) -> None:
     """In a batch in its own line, everywhere else as a whole; nothing is asked."""
@@ -4054,6 +4149,39 @@ async def test_what_is_no_model_year_is_422(service: Service, vpic: PlayedVpic, 
     told = body["detail"] if form == "batch" else body["detail"][0]["msg"]
     assert (status, told) == (422, f"A model year is a number from 1980 to {datetime.now(UTC).year + 2}")
     assert vpic.calls == []
+
+
+def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
+    """Four digits of the range, or nothing, whatever is given in whatever type; and each year of it is accepted."""
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    years = some.integers(1900, 2100)
+    text, number = main.Asked.model_json_schema()["properties"]["model_year"]["anyOf"]
+    known = {*text["enum"]}
+    assert known - {""} == {str(year) for year in range(number["minimum"], number["maximum"] + 1)}
+    for year in known - {""}:
+        for given in (year, int(year), float(year), f" {year}\n"):
+            assert main.normalize_model_year(given) == year
+
+    @hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=1000)
+    @hypothesis.given(
+        some.one_of(
+            some.builds("{}{}{}".format, some.text("0 -+_.\t", max_size=5), years, some.text("0 _.\n5", max_size=5)),
+            some.text("0123456789\u0661\uff11\u00b2", max_size=8),
+            some.text(),
+            some.integers(),
+            years.map(float),
+            some.floats(),
+            some.booleans(),
+            some.none(),
+            some.lists(years.map(str), max_size=2),
+        )
+    )
+    def check(given: object) -> None:
+        with suppress(main.PydanticCustomError):
+            assert main.normalize_model_year(given) in known
+
+    check()
 
 
 async def test_two_years_of_one_vin_at_the_same_time_are_two_flights(start: Start, vpic: PlayedVpic) -> None:
@@ -4765,7 +4893,7 @@ class Simulation:
                     yield [row]
                     await asyncio.sleep(pause)
                 return
-            async for window in main.in_windows(fleet.rows() if fleet else iter(rows), fleet is not None, kept):
+            async for window in main.in_windows(fleet.rows() if fleet else iter(rows), fleet, kept):
                 asked.extend(self._ask(main.ask(row.vin, str(row.model_year)), details, True) for row in window)
                 yield window
 
@@ -4781,8 +4909,13 @@ class Simulation:
                 names = names or [name.removeprefix("decoded_") for name in values.pop(0)]
                 yield [dict(zip(names, line, strict=True)) for line in values]
 
+        async def has_left() -> bool:
+            return False
+
         async def work(caller: Caller) -> None:
             count = 0
+            if fleet:
+                await fleet.read_through(has_left)
             async for lines in told():
                 for line in lines:
                     count += 1
@@ -5514,6 +5647,60 @@ async def test_the_file_is_gone_when_it_is_answered(service: Service, tmp_path: 
         await until(lambda: not uploads(tmp_path))
 
 
+NOTHING = 2**20
+LONG_FILES = {
+    "line ends": (b"\n" * NOTHING, 0),
+    "line ends before the names": (b"\r\n" * (NOTHING // 2) + b"vin\n" + TRUCK.encode(), 1),
+    "line ends behind the separator": (b"sep=;\n" + b"\n" * NOTHING + b"vin;x\n" + TRUCK.encode(), 1),
+    "line ends behind the names": (b"vin,x\n" + b"\r" * NOTHING + TRUCK.encode(), 1),
+    "blank lines": (("\u200b \0" * 300 + "\n").encode() * (NOTHING // 1501) + TRUCK.encode(), 1),
+    "long rows": ((b"vin,x\n" + (TRUCK + "," + "x" * 30_000 + "\n").encode() * 100), 100),
+}
+
+
+@pytest.mark.parametrize(("content", "count"), LONG_FILES.values(), ids=LONG_FILES)
+async def test_a_step_of_reading_is_short_whatever_is_in_the_file(content: bytes, count: int) -> None:
+    """And where a step ends, a client that has left ends the reading."""
+    file = io.BytesIO(content)
+    fleet = main.Fleet(file, "utf-8", "")
+    places = [0]
+
+    async def gone() -> bool:
+        places.append(file.tell())
+        return len(places) == most
+
+    most = 0
+    await fleet.read_through(gone)
+    assert fleet.count == count
+    assert max(after - before for before, after in pairwise(places)) <= 2**17
+    most, places = 4, [0]
+    with pytest.raises(main.ClientDisconnect):
+        await main.Fleet(io.BytesIO(content), "utf-8", "").read_through(gone)
+
+
+@NEEDS_PROC
+async def test_long_uploads_of_nothing_hold_up_nobody(start: Start, tmp_path: Path) -> None:
+    """As many as two cores have threads for everything else; who needs one of those is answered before all of them,
+    and the reading ends when their clients leave."""
+    count, size = 6, 20 * 2**20
+    head = f"POST /lookup/batch HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: {size}\r\n\r\n"
+    async with start(vpic_url="") as service:
+        connections = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(count)]
+        for _, writer in connections:
+            writer.write(head.encode() + b"\n" * size)
+        await asyncio.gather(*(writer.drain() for _, writer in connections))
+        answering = [asyncio.create_task(reader.readline()) for reader, _ in connections]
+        await until(lambda: len(uploads(tmp_path)) == count)
+        async with asyncio.timeout(10):
+            for told in (False, True):
+                assert await service.were_cached(trucks(20)) == [told] * 20
+        assert not any(answer.done() for answer in answering)
+        for _, writer in connections:
+            writer.transport.abort()
+        await until(lambda: not uploads(tmp_path))
+        await asyncio.gather(*answering, return_exceptions=True)
+
+
 async def test_a_fleet_goes_on_where_it_was_left(service: Service) -> None:
     """Who hangs up and sends the same file again has nothing asked twice."""
     content = "\n".join(vins := trucks(500)).encode()
@@ -5606,11 +5793,11 @@ async def read_export(service: Service) -> pd.DataFrame:
 
 
 def exports_held() -> int:
-    """How many exports lie in this process's memory."""
+    """How many exports this process has open, which have no names."""
     held = set()
     for file in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
-            if "memfd:export" in os.readlink(file):
+            if os.readlink(file).endswith(".parquet (deleted)"):
                 held.add(file.stat().st_ino)
     return len(held)
 
@@ -5702,7 +5889,7 @@ async def test_a_killed_exporting_process_costs_no_more_than_its_export(start: S
             assert len(await read_export(service)) == 100_000
         [pid] = exporting(here)
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: not Path(f"/proc/{pid}").exists())
+        await until(lambda: service.state["exporter"]._process.returncode is not None)
         assert len(await read_export(service)) == 100_000  # nobody was waiting for the one that died
     assert exporting(here) == []
 
@@ -5825,12 +6012,39 @@ async def test_a_snapshot_that_nobody_reads_is_given_back(start: Start, monkeypa
         assert (await service.ask("HEAD", kinds[1]))[0] == 200
 
 
-async def test_without_memory_files_exports_are_temporary_ones(
+async def test_exports_together_take_half_of_the_room_on_the_disk(
+    start: Start, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond it an export is a 503 that says when, the cache is written as ever, and there is room again when nobody
+    reads."""
+    if not disk.is_mount():
+        pytest.skip("may not mount a small disk")
+    forget_others()
+    fill(disk / "cache.db", 200, 500)
+    async with start(database=disk / "cache.db", export_limit="", vpic_url="") as service:
+        size = int((await service.ask("HEAD", "/export?compression=none"))[2]["Content-Length"])
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 3 * size // 2))
+        for method in ("HEAD", "GET"):
+            status, body, headers = await service.ask(method, "/export?compression=none&details=true")
+            assert (status, headers["Retry-After"]) == (503, "60")
+        assert "take up the room" in body["detail"]
+        assert shutil.disk_usage(disk).free > size
+        for told in (False, True):
+            assert await service.were_cached(trucks(20)) == [told] * 20
+        assert (await service.get("/readyz"))[0] == 200
+        assert (await service.get("/export?compression=none"))[0] == 503
+        monkeypatch.setattr(main, "SNAPSHOT_KEPT", 0.1)
+        assert (await service.ask("HEAD", "/export?compression=none"))[0] == 200
+        await until(lambda: exports_held() == 0)
+        assert (await service.get("/export?compression=none&details=true"))[0] == 200
+
+
+async def test_where_files_need_names_exports_are_temporary_ones(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A system that knows no memfd exports all the same, and is left nothing of it."""
-    monkeypatch.delattr(os, "memfd_create")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    """A system without /proc exports all the same, and is left nothing of it."""
+    exists = os.path.exists
+    monkeypatch.setattr("os.path.exists", lambda path: path != "/proc/self/fd" and exists(path))
     async with start(vpic_url="") as service:
         assert (await read_export(service)).empty
         assert (await service.ask("HEAD", "/export"))[0] == 200
@@ -5938,7 +6152,10 @@ async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path)
     fill(tmp_path / "cache.db", 10_000, 200)
     kind = main.Kind("zstd", details=False)
     # Without the service, whose sweeping may find the damage first.
-    async with main.FileStore(tmp_path / "cache.db", 2) as store, main.Exporter(main.Cache(store, 0)) as exporter:
+    async with (
+        main.FileStore(tmp_path / "cache.db", 2) as store,
+        main.Exporter(main.Cache(store, 0), tmp_path) as exporter,
+    ):
         overwrite(NOISE, 2**18)(tmp_path / "cache.db")
         with pytest.raises(main.ExportFailed, match="ask again"):
             await exporter.new(kind)
@@ -5965,7 +6182,22 @@ async def shout(port: int, *pieces: bytes) -> tuple[int, bytes, bytes]:
         writer.transport.abort()
 
 
+async def statuses(port: int, requests: Sequence[bytes]) -> list[int]:
+    """The statuses of requests that are sent one behind the other on one connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(b"".join(requests) + b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answers = await asyncio.wait_for(reader.read(), 60)
+    finally:
+        writer.transport.abort()
+    *told, last = map(int, re.findall(rb"HTTP/1\.1 (\d+) ", answers))
+    assert (len(told), last) == (len(requests), 200)
+    return told
+
+
 # -- The key -----------------------------------------------------------------------------------------------------------
+
+NO_KEY = {"detail": "This needs a valid key in the header X-API-Key."}
 
 GUARDED = [*REMOVALS, ("GET", "/export", ""), ("GET", "/export.parquet", "")]
 WRONG_KEYS = ["", "wrong", "old,new", "ol", "oldnew", "ÖLD", "old\u00a0", "OLD"]
@@ -5979,7 +6211,7 @@ async def test_remove_and_export_want_a_key(start: Start, form: Form) -> None:
         for prefix in PREFIXES:
             for headers in [{}, *({"X-API-Key": key} for key in WRONG_KEYS), {"Authorization": "old"}]:
                 status, body, got = await service.send(form, TRUCK, prefix, headers=headers)
-                assert (status, body, got["WWW-Authenticate"]) == (401, {"detail": "Not authenticated"}, "APIKey")
+                assert (status, body, got["WWW-Authenticate"]) == (401, NO_KEY, "APIKey")
         assert len(service.rows()) == 1
         for key in ("old", "new"):
             for prefix in PREFIXES:
@@ -5993,7 +6225,7 @@ async def test_key_of_any_bytes(start: Start) -> None:
         assert (await shout(service.port, request % "schlüssel".encode()))[0] == 200
         for key in ("schlüssel".encode("latin-1"), b"\xff\xfe\x80", b"schl\xc3"):
             status, head, body = await shout(service.port, request % key)
-            assert (status, json.loads(body)) == (401, {"detail": "Not authenticated"})
+            assert (status, json.loads(body)) == (401, NO_KEY)
             assert b"www-authenticate: APIKey" in head
 
 
@@ -6013,6 +6245,74 @@ async def test_private_service_wants_the_key_for_lookups_too(start: Start, vpic:
             assert (await service.post(f"{prefix}/lookup/batch", {"vins": [TRUCK]}, **key))[0] == 200
         for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
             assert (await service.get(path))[0] == 200
+
+
+ONE = json.dumps({"vin": TRUCK})
+# Every request that wants a key where all is locked: the method, the path, the query and the body.
+LOCKED = [
+    ("GET", "/lookup", f"?vin={TRUCK}", ""),
+    ("GET", f"/lookup/{TRUCK}", "", ""),
+    ("POST", "/lookup", "", ONE),
+    ("POST", "/lookup/batch", "", json.dumps({"vins": [TRUCK]})),
+    ("DELETE", "/remove", f"?vin={TRUCK}", ""),
+    ("DELETE", f"/remove/{TRUCK}", "", ""),
+    ("POST", "/remove", "", ONE),
+    ("GET", "/export", "", ""),
+    ("GET", "/export.parquet", "", ""),
+    ("GET", "/metrics", "", ""),
+]
+ODD_PATHS = ["%C2%85", "%E2%80%A8", "%E2%80%A9", "%EF%BB%BF", "%C0%8A", "%0D%0A", "%250A", "%00.", ";", "/..", "/."]
+CONTROLS = [f"%{byte:02X}" for byte in [*range(0x20), 0x7F]] + ["%C2%85", "%E2%80%A8", "%E2%80%A9", "%0D%0A", "%00."]
+
+
+async def test_no_byte_in_a_path_opens_a_door(launch: Launch) -> None:
+    """Whatever stands before, inside or behind the words of a path: without the key none is answered, and with it none
+    without being counted. With a control character a path is none."""
+    pytest.importorskip("opentelemetry.exporter.prometheus")
+    locked = {"api_key": "k", "private": True, "metrics": True, "vpic_url": ""}
+    process = await launch("--no-access-log", lookup_limit="10/minute", export_limit="3/minute", **locked).started()
+
+    def request(method: str, path: str, body: str, head: str) -> bytes:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+        return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n{body}".encode()
+
+    key = "X-API-Key: k\r\n"
+    for prefix in PREFIXES:
+        plain = [(method, prefix + path + query, body) for method, path, query, body in LOCKED]
+        assert await statuses(process.port, [request(*it, "") for it in plain]) == [401] * len(plain)
+        if not prefix:  # then the limits are used up
+            assert await statuses(process.port, [request(*it, key) for it in plain]) == [200] * len(plain)
+            await statuses(process.port, [request(*plain[number], key) for number in [0] * 10 + [7] * 3])
+    assert process.log.read_text().count(" ERROR ") == 0
+
+    added = [f"%{byte:02X}" for byte in range(256)] + ODD_PATHS
+    for prefix in PREFIXES:
+        for method, path, query, body in LOCKED:
+            joint = path.rindex("/")
+            for place in sorted({0, 1, 4, joint, joint + 1, len(path)}):
+                if (prefix, place) == ("", 0):
+                    continue  # an address begins with a slash
+                paths = [f"{prefix}{path[:place]}{some}{path[place:]}{query}" for some in added]
+                told = await statuses(process.port, [request(method, it, body, "") for it in paths])
+                assert {*told} <= {401, 404}, (method, prefix, path, place)
+                assert {told[added.index(some)] for some in CONTROLS} == {404}, (method, prefix, path, place)
+                if path.startswith(("/lookup", "/export")):
+                    told = await statuses(process.port, [request(method, it, body, key) for it in paths])
+                    assert {*told} <= {429, 404}, (method, prefix, path, place)
+
+
+async def test_what_is_not_expressly_open_is_locked(start: Start) -> None:
+    """By the tag of the route, for all routes that there are: without the key each is 401 but for the open ones. None
+    can be added without a tag."""
+    async with start(api_key="k", private=True) as service:
+        for route in main.app.routes:
+            for method in route.methods:
+                path = route.path.format(vin=TRUCK, file="swagger-ui.css")
+                status, _, _ = await service.ask(method, path, allow_redirects=False)
+                assert (status != 401) == (route.path in TAKES_ANYTHING - {"/metrics"}), (method, path)
+    with pytest.raises(ValueError, match="not enough values"):
+        main.TaggedRoute("/new", main.healthz)
+    assert main.TaggedRoute("/new", main.healthz, tags=["new"]).tag not in main.OPEN
 
 
 async def test_service_without_a_key_is_open_and_says_so_once(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -6381,7 +6681,7 @@ async def test_large_body_is_401_for_who_has_no_key(start: Start) -> None:
     async with start(api_key="k") as service:
         head = b"POST /remove HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
         status, _, body = await shout(service.port, head)
-    assert (status, json.loads(body)) == (401, {"detail": "Not authenticated"})
+    assert (status, json.loads(body)) == (401, NO_KEY)
 
 
 async def test_largest_batch_is_not_too_large(start: Start) -> None:
@@ -6436,7 +6736,7 @@ async def test_many_faults_are_one_answer(launch: Launch, sent: bytes, told: str
 @pytest.mark.parametrize("prefix", ["/api/v1/api/v1", "/api/v1" * 1000])
 async def test_the_prefix_counts_once(service: Service, prefix: str) -> None:
     """However often it stands there, the rest is a path that does not exist."""
-    assert await service.get(f"{prefix}/healthz") == (404, {"detail": "Not Found"})
+    assert await service.get(f"{prefix}/healthz") == (404, NOT_FOUND)
 
 
 @NEEDS_PROC
@@ -7086,7 +7386,7 @@ async def test_docs_remember_the_key(launch: Launch, vpic: PlayedVpic, tmp_path:
         for path in ("/decoder/docs", "/decoder/api/v1/docs"):
             await page.open(url + path)
             if path == "/decoder/docs":
-                await page.execute(await page.unfold("delete", "/remove/{vin}"), "Not authenticated")
+                await page.execute(await page.unfold("delete", "/remove/{vin}"), "This needs a valid key")
                 await page.run("document.querySelector('.btn.authorize').click()")
                 await page.until("document.querySelector('.auth-container input')")
                 await page.run("type(document.querySelector('.auth-container input'), 'k')")
