@@ -4974,8 +4974,9 @@ class Simulation:
 
     def may_ask_beside(self, call: Source, other: Source, question: str) -> bool:
         """Whether a question may be asked although another call for it is under way: its VIN was removed since the
-        first of the two tasks was begun, or the store did not say whether it was."""
+        first of the two tasks, or the first of those who wait, began; or the store did not say whether it was."""
         begun = min(self.world.tasks[source.task] if source.task else source.began for source in (call, other))
+        begun = min([begun, *(caller.began for caller in self.callers)])
         return max(self.removed_at.get(question[:17], -math.inf), self.store.read_failed_at) >= begun
 
     def batch_ends_by(self, caller: Caller) -> float:
@@ -5139,7 +5140,8 @@ class Simulation:
     def _haste(self, asked: Asked) -> str:
         """Batches are patient: what was not asked is told without vPIC only if vPIC has failed for long, and is not
         just being tried again."""
-        tried = any(asked.question in call.questions and call.ended >= asked.began for call in self.vpic.calls)
+        since = asked.began - 2 * PATIENCE  # its answer may be shared while it is being stored
+        tried = any(asked.question in call.questions and call.ended >= since for call in self.vpic.calls)
         if not asked.in_batch or tried or self.vpic.hopeless_until >= asked.began:
             return ""
         return "" if self.vpic.rate_reached_since(asked.began) else "before vPIC has failed for long"
