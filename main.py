@@ -760,25 +760,26 @@ COLUMNS = Record._fields[:-1]
 
 
 # ======================================================================================================================
-# Errors: they know their status and say one sentence to the caller; the cause is for the log. One function renders all.
+# Errors: each has a status and one sentence for the caller; the cause is for the log. `render_error` renders them all.
 # ======================================================================================================================
 
 
 class VincacheError(HTTPException):
-    """An error of ours, born anywhere, rendered below.
+    """An error that the service raises for a request.
 
-    `retry_after` (seconds) becomes the header Retry-After; `fields` stand beside `detail` in the body."""
+    `retry_after` (seconds) becomes the header Retry-After; `fields` are further keys of the body, beside `detail`."""
 
     status = 500
-    patience: float | None = None  # seconds after which to ask again, where that is a guess
+    retry_after: float | None = None  # of all errors of a class: an estimate
 
     def __init__(self, detail: str, *, retry_after: float | None = None, **fields: str) -> None:
-        if retry_after is None:
-            retry_after = self.patience
-        # At least 1: a client that takes 0 at its word would ask again at once.
-        headers = None if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
+        headers = None
+        if retry_after is not None:
+            self.retry_after = retry_after
+        if self.retry_after is not None:
+            # At least 1, because a client would ask again at once after 0.
+            headers = {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
         super().__init__(self.status, detail, headers)
-        self.retry_after = retry_after
         self.fields = fields
 
 
@@ -796,39 +797,39 @@ class UnsupportedBody(VincacheError):
 
 class UploadFailed(VincacheError):
     status = 503
-    patience = 60
+    retry_after = 60
 
 
 class CacheUnavailable(VincacheError):
     status = 503
-    patience = 5
+    retry_after = 5
 
 
 class ExportFailed(VincacheError):
     status = 503
-    patience = 5
+    retry_after = 5
 
 
 class Failure(NamedTuple):
-    """A way in which vPIC gives no answer, and what follows from it."""
+    """A reason why vPIC gives no answer."""
 
-    status: int  # of the response, if nothing else answers
+    status: int  # of the response, if the VIN is not answered without vPIC
     detail: str  # for the caller
     try_again: bool = False  # the same call may succeed in a moment
     blames_vin: bool = False  # a VIN of the call may be the cause
-    blames_vpic: bool = True  # vPIC may be the cause: the breaker counts it
+    blames_vpic: bool = True  # vPIC may be the cause: the breaker counts the failure
 
 
 UNREACHABLE = Failure(502, "vPIC cannot be reached; ask again later.", try_again=True)
-BROKEN_OFF = Failure(502, "vPIC cannot be reached; ask again later.", try_again=True, blames_vin=True)
+INTERRUPTED = Failure(502, "vPIC cannot be reached; ask again later.", try_again=True, blames_vin=True)
 UNUSABLE = Failure(502, "vPIC's answer makes no sense; ask again later.", blames_vin=True)
 NOT_DESCRIBED = Failure(502, "vPIC's answer does not describe this VIN; ask again later.", blames_vpic=False)
 TOO_LATE = Failure(504, "vPIC did not answer in time; ask again later.", blames_vin=True)
-HURRIED = TOO_LATE._replace(blames_vpic=False)  # the call had too little time for an answer
+TOO_LITTLE_TIME = TOO_LATE._replace(blames_vpic=False)  # a working vPIC could not have answered either
 LEFT_ALONE = Failure(503, "vPIC fails and is left alone for now; ask again later.")
 CROWDED = Failure(503, "Too many VINs are waiting for vPIC; ask again later.", blames_vpic=False)
 SWITCHED_OFF = Failure(503, "vPIC is switched off, and the offline data does not serve.")
-BROKEN = Failure(503, "The service failed to ask vPIC; its log has the cause.")
+SERVICE_FAULT = Failure(503, "The service failed to ask vPIC; its log has the cause.")
 
 
 class VpicUnavailable(VincacheError):
@@ -839,9 +840,9 @@ class VpicUnavailable(VincacheError):
         super().__init__(failure.detail, retry_after=retry_after, **fields)
 
     def about(self, vin: str) -> "VpicUnavailable":
-        """The same for one caller and its VIN: a shared exception would gather the tracebacks of all callers."""
+        """A copy for one caller and its VIN, because a shared exception would collect the tracebacks of all callers."""
         wait = self.retry_after
-        if wait is None and self.status == 503 and self.cause:  # vPIC refused; its limit is one by the minute
+        if wait is None and self.status == 503 and self.cause:  # vPIC refused the call; it counts calls by the minute
             wait = 60
         return VpicUnavailable(self.failure, retry_after=wait, vin=vin)
 
@@ -850,16 +851,16 @@ def invalid(kind: str, loc: tuple[str | int, ...], msg: str) -> RequestValidatio
     return RequestValidationError([{"type": kind, "loc": loc, "msg": msg}])
 
 
-NOT_STORED = {"Cache-Control": "no-store"}  # some statuses may else be kept by a cache before us
+NOT_STORED = {"Cache-Control": "no-store"}  # because an HTTP cache may store some errors, like a 404
 
 
 async def render_error(request: Request, error: Exception) -> JSONResponse:
-    """The response for an error: of ours, of FastAPI's validation, of Starlette's routing, or of nobody's making."""
+    """The response for an error: of this service, of FastAPI's validation, of Starlette's routing, or for a bug."""
     if isinstance(error, RequestValidationError):
         if isinstance(error.body, bytes):
             faults = [Fault(type="content_type", loc=["body"], msg="Send JSON with Content-Type: application/json")]
         else:
-            # Not `input` and `ctx`, which FastAPI echoes: a lone surrogate or a NaN in them would end in a 500.
+            # Without `input` and `ctx`, because a lone surrogate or a NaN in what was sent would make this a 500.
             faults = [Fault(type=fault["type"], loc=list(fault["loc"]), msg=fault["msg"]) for fault in error.errors()]
         return JSONResponse(Invalid(detail=faults).model_dump(), 422, NOT_STORED)
     if isinstance(error, HTTPException):
@@ -869,7 +870,7 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
 
 
 # ======================================================================================================================
-# Telemetry: the log, and the counts that only we can make. Requests, spans and HTTP metrics are counted by FastAPI.
+# Telemetry: the log, and the metrics of lookups, of the store and of vPIC. FastAPI makes the spans and HTTP metrics.
 # ======================================================================================================================
 
 log = logging.getLogger("vincache")
@@ -877,7 +878,7 @@ log = logging.getLogger("vincache")
 # Without the OpenTelemetry SDK these do nothing.
 meter = metrics.get_meter("vincache")
 lookups_counter = meter.create_counter("vincache.lookups", description="VINs looked up, by outcome")
-# From a hit on a file to the longest call. OpenTelemetry's default boundaries, 5 to 10,000, are for milliseconds.
+# From the time of a hit in a file to that of the longest call. OpenTelemetry's own boundaries are for milliseconds.
 BOUNDARIES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 create_histogram = partial(meter.create_histogram, unit="s", explicit_bucket_boundaries_advisory=BOUNDARIES_S)
 vpic_duration = create_histogram("vincache.vpic.duration", description="Duration of calls to vPIC, by outcome")
@@ -891,7 +892,7 @@ LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])([0-9A-Za-z]{3})[0-9A-Za-z]{10}([0-9A-
 
 
 class TextLine(logging.Formatter):
-    """Plain text, one line an event: control characters, also those of a traceback, are escaped. Times are UTC."""
+    """Plain text. An event is one line, because control characters are escaped, also in a traceback. Times are UTC."""
 
     converter = staticmethod(time.gmtime)
 
@@ -903,7 +904,7 @@ class TextLine(logging.Formatter):
 
 
 class JsonLine(JsonFormatter):
-    """A JSON object, one line an event. README's log.json names this class too, for uvicorn's parent process."""
+    """A JSON object. An event is one line. README's log.json uses this class too, for uvicorn's parent process."""
 
     converter = staticmethod(time.gmtime)
 
@@ -912,13 +913,14 @@ class JsonLine(JsonFormatter):
             ["asctime", "levelname", "name", "message"],
             datefmt=UTC_TIME,
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-            # uvicorn's color_message is the message again, with terminal colours in it.
+            # uvicorn's color_message repeats the message with terminal colours in it.
             reserved_attrs=[*vars(logging.makeLogRecord({})), "color_message", "message", "asctime"],
         )
 
 
 def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
-    """Give uvicorn's lines and ours one form. Our lines have no credentials, and no VINs unless `log_vins` is true."""
+    """Give the log of uvicorn and of the service the same form. The lines of the service have no credentials, and no
+    VINs unless `log_vins` is true."""
     formatter = JsonLine() if form == "json" else TextLine()
     ours = logging.StreamHandler()
     ours.setFormatter(formatter)
@@ -942,7 +944,7 @@ def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
 
 
 def explain_cancellation(record: logging.LogRecord) -> bool:
-    """A filter: in place of the traceback of a request that uvicorn cancels at the end, the log has a sentence."""
+    """A filter. When uvicorn stops and cancels a request, it logs a sentence in place of the traceback."""
     if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
         record.msg, record.args, record.exc_info = "request cut off: --timeout-graceful-shutdown is over", None, None
     return True
@@ -953,9 +955,9 @@ MetricsReader = Callable[[str], tuple[bytes, str]]  # from the header Accept to 
 
 @asynccontextmanager
 async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
-    """The reader of all metrics, for Prometheus; None unless wanted.
+    """Yield what reads all metrics for Prometheus, or None unless wanted.
 
-    Raises StartupError where OpenTelemetry's exporter is not installed."""
+    Raises StartupError if OpenTelemetry's exporter is not installed."""
     if not wanted:
         yield None
         return
@@ -967,7 +969,7 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
     except ImportError:
         why = "VINCACHE_METRICS is true but opentelemetry-exporter-prometheus is not installed"
         raise StartupError(f"bad settings: {why}") from None
-    if not isinstance(metrics.get_meter_provider(), MeterProvider):  # FastAPI has set one if it sends OTLP
+    if not isinstance(metrics.get_meter_provider(), MeterProvider):  # if FastAPI sends OTLP, it has set one
         metrics.set_meter_provider(MeterProvider())
     provider = cast(MeterProvider, metrics.get_meter_provider())
     registry = CollectorRegistry()
@@ -985,7 +987,7 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
 
 
 # ======================================================================================================================
-# Shared mechanisms: what to do about a thing that fails for a while, and about work that must not end with its caller.
+# Shared mechanisms: a thing that fails for a while, and work that goes on when its caller leaves.
 # ======================================================================================================================
 
 
@@ -993,45 +995,44 @@ Result = TypeVar("Result")
 
 
 class Outage:
-    """A thing that many callers use, and that may fail for a while.
+    """The state of a thing that many callers use and that may fail for a while.
 
-    The log says once that it fails, and once that it works again. Meanwhile it is left alone for `rest_s` seconds at a
-    time: then one caller finds out whether it works again."""
+    The log says once that the thing fails, and once that it works again. While it fails, one caller every `rest_s`
+    seconds may try it."""
 
     def __init__(self, begins: str, ends: str, rest_s: float = 0) -> None:
         self._begins = begins  # a line for the log, with %s for the reason
         self._ends = ends  # a line for the log
-        self._rest_s = rest_s  # how long it is left alone after a failure
-        self.reason = ""  # why it fails; empty: it works
-        self._try_at = 0.0  # while it fails: when a caller may try it again (monotonic)
+        self._rest_s = rest_s  # seconds from a failure to the next try
+        self.reason = ""  # why the thing fails; empty: it works
+        self._try_at = 0.0  # while the thing fails: when the next caller may try it (monotonic)
 
     def may_try(self) -> bool:
-        """Whether the caller may use it now. If it fails, this caller finds out, and the others wait for that."""
-        if not self.reason:
-            return True
-        if time.monotonic() < self._try_at:
-            return False
-        self._try_at = time.monotonic() + self._rest_s
+        """Whether the caller may use the thing. If it fails, only one caller may, who reports by `begin` or `end`."""
+        if self.reason:
+            if time.monotonic() < self._try_at:
+                return False
+            self._try_at = time.monotonic() + self._rest_s
         return True
 
     def begin(self, reason: str) -> None:
-        """It failed."""
+        """The thing failed."""
         if not self.reason:
             log.warning(self._begins, reason)
         self.reason, self._try_at = reason, time.monotonic() + self._rest_s
 
     def end(self) -> None:
-        """It worked."""
+        """The thing worked."""
         if self.reason:
             log.info(self._ends)
             self.reason = ""
 
 
 class Tasks:
-    """Work that goes on if the caller that waits for it leaves."""
+    """Work that goes on when the caller that waits for it leaves."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()  # that are not done
+        self._tasks: set[asyncio.Task[Any]] = set()  # those that are not done
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -1067,23 +1068,26 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 # ======================================================================================================================
-# Rates: how often a thing may happen, counted in this process by a clock that nobody sets, or in a storage that several
-# processes share. Whatever that storage does, it never costs an answer.
+# Rates: the limits of clients and of calls to vPIC. They are counted in this process, or in a storage that several
+# processes share. If that storage fails, requests are answered all the same.
+#
+# Each method that takes from a limit returns 0 and counts if there is room. Else it returns the seconds until there may
+# be room, and does not count.
 # ======================================================================================================================
 
 STORAGE_TIMEOUT_S = 1  # a storage that does not answer within this time fails
-STORAGE_REST_S = 5  # a storage that fails is left alone for this time
+STORAGE_REST_S = 5  # after a failure, the storage is not used for this time
 
 
 class FixedWindow:
-    """What each client has used of a limit; dropped whole when the window ends, so that many clients cost nothing."""
+    """What each client has used of a limit. It is deleted as a whole when the window ends."""
 
     def __init__(self) -> None:
         self._ends = 0.0  # when the next window begins (monotonic)
         self._used: dict[str, int] = {}  # by client
 
     def take(self, limit: RateLimitItem, client: str, cost: int, counts: bool) -> float:
-        """0, and it counts if it is to; or the seconds until it may, and it does not."""
+        """If not `counts`, only look."""
         now = time.monotonic()
         if now >= self._ends:
             self._ends, self._used = now + limit.get_expiry(), {}
@@ -1096,14 +1100,13 @@ class FixedWindow:
 
 
 class MovingWindow:
-    """The times of the last calls: no more than the limit in any span of its length, wherever that begins."""
+    """The times of the last calls. In any minute, whenever it begins, there are no more calls than the limit."""
 
     def __init__(self, limit: RateLimitItem) -> None:
         self._seconds = limit.get_expiry()
         self._times = deque([-math.inf] * limit.amount, limit.amount)  # of the last calls (monotonic)
 
     def take(self) -> float:
-        """0, and it counts; or the seconds until it may, and it does not."""
         now = time.monotonic()
         wait = self._times[0] + self._seconds - now
         if wait <= 0:
@@ -1112,22 +1115,22 @@ class MovingWindow:
 
 
 class Rates:
-    """The counts of this service, one of so many nodes. Raises StartupError for a storage that could never work."""
+    """All limits of the service. Raises StartupError for a storage that can never work."""
 
     def __init__(self, url: str, vpic_rate: int, nodes: int) -> None:
-        self._vpic_limit = RateLimitItemPerMinute(vpic_rate)  # of all processes that share a storage
-        # This process's part of the rate, where no storage counts it.
+        self._vpic_limit = RateLimitItemPerMinute(vpic_rate)  # of all processes that share the storage
+        # Without a storage, each of the `nodes` processes has an equal part of the rate.
         self._vpic_window = MovingWindow(RateLimitItemPerMinute(max(1, vpic_rate // nodes)))
-        self._windows: defaultdict[str, FixedWindow] = defaultdict(FixedWindow)  # of the clients, by what they ask for
+        self._windows: defaultdict[str, FixedWindow] = defaultdict(FixedWindow)  # of the clients, by the route's tag
         self._outage = Outage(
             "VINCACHE_RATE_STORAGE fails (%s): clients are not counted, vPIC's calls by each for itself",
             "VINCACHE_RATE_STORAGE answers again",
             STORAGE_REST_S,
         )
-        self._storage: Storage | None = None  # None: this process counts by itself
+        self._storage: Storage | None = None  # None: this process counts for itself
         if url != "async+memory://":
             try:
-                # Of the clients that limits knows, redis needs nothing else; coredis holds back the versions of others.
+                # The library redis, because `limits` would else want coredis, which needs old versions of others.
                 storage = storage_from_string(url, wrap_exceptions=True, implementation="redispy")
             except (limits.errors.ConfigurationError, ValueError, TypeError) as error:
                 raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
@@ -1140,7 +1143,7 @@ class Rates:
         if storage is not None:
             try:
                 await self._shared(lambda: storage.get("vincache"))
-            except TypeError as error:  # an option that its client does not know
+            except TypeError as error:  # the URL has an option that redis does not know
                 raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
         return self
 
@@ -1148,14 +1151,14 @@ class Rates:
         return
 
     async def client(self, limit: RateLimitItem, tag: str, client: str, cost: int, counts: bool = True) -> float:
-        """0, and it counts if it is to; or the seconds until the client may, and it does not. Without the storage all
-        may."""
+        """Take from a client's limit; if not `counts`, only look. While the storage fails there is always room."""
         if self._storage is None:
             return self._windows[tag].take(limit, client, cost, counts)
         window = FixedWindowRateLimiter(self._storage)
 
         async def take() -> float:
-            # First a look: what is refused must not count. Then the count decides: others may have come between.
+            # First look, because a refused request must not count. Then the result of counting decides, because other
+            # requests may have taken the room since.
             room = await window.test(limit, tag, client, cost=cost)
             if room and (not counts or await window.hit(limit, tag, client, cost=cost)):
                 return 0
@@ -1164,7 +1167,7 @@ class Rates:
         return await self._shared(take) or 0
 
     async def vpic(self) -> float:
-        """0, and it counts as a call to vPIC; or the seconds until one may be made."""
+        """Take one call to vPIC. While the storage fails, this process counts for itself."""
         if self._storage is not None:
             storage, limit = self._storage, self._vpic_limit
             calls = MovingWindowRateLimiter(storage)
@@ -1173,9 +1176,9 @@ class Rates:
                 if await calls.hit(limit, "vpic"):
                     return 0
                 wait = (await calls.get_window_stats(limit, "vpic")).reset_time - time.time()
-                if wait > limit.get_expiry():  # somebody's clock was set back: it would say so for as long as that
+                if wait > limit.get_expiry():  # a machine's clock was set back; the calls before that would count on
                     await storage.clear(limit.key_for("vpic"))
-                return min(max(0.01, wait), 1)  # others share the window: it is worth a look sooner
+                return min(max(0.01, wait), 1)  # look after a second, because other processes may free room
 
             wait = await self._shared(take)
             if wait is not None:
@@ -1183,23 +1186,23 @@ class Rates:
         return self._vpic_window.take()
 
     async def _shared(self, work: Callable[[], Awaitable[Result]]) -> Result | None:
-        """What the storage says, or None while it fails."""
+        """The result of the work, or None while the storage fails."""
         if not self._outage.may_try():
             return None
         try:
             async with asyncio.timeout(STORAGE_TIMEOUT_S):
-                taken = await work()
+                result = await work()
         except TypeError:
             raise
-        except Exception as error:  # noqa: BLE001 - a client library's: it may be anything, and must not cost an answer
+        except Exception as error:  # noqa: BLE001 - redis may raise anything, and requests are answered all the same
             self._outage.begin(str(error) or "no answer")
             return None
         self._outage.end()
-        return taken
+        return result
 
 
 # ======================================================================================================================
-# Statements: all the SQL there is. It is the same for a file and for a cluster.
+# Statements: all SQL of the service. It is the same for a file and for a cluster.
 # ======================================================================================================================
 
 
@@ -1207,7 +1210,6 @@ SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text("utf-8")
-# What stands between BEGIN and COMMIT is one transaction.
 PRAGMAS, BEGIN, TABLES = SCHEMA.partition("BEGIN IMMEDIATE;")
 TABLES, COMMIT, _ = TABLES.partition("COMMIT;")
 
@@ -1217,8 +1219,8 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-# By the schema that a database has: what is executed before the tables of schema.sql are made, and after that. All is
-# one transaction, so that a process that is killed in the middle of it leaves the database as it was.
+# By the schema version of a database: the statements before those of schema.sql, and the statements after them. All
+# are one transaction, so that a process that is killed meanwhile leaves the database as it was.
 MIGRATE = {
     0: ("DROP TABLE IF EXISTS vehicles", ""),
     1: (
@@ -1240,7 +1242,7 @@ INSERT INTO guard SELECT user_version, %d FROM pragma_user_version;
 DROP TABLE guard;
 """
 
-# The fields of an answer, as SQL makes them of a row. `Record.fields` makes the same.
+# The fields of an answer in SQL. `Record.fields` makes the same of a row.
 FIELDS_SQL = (
     {name: name for name in FIELDS}
     | {name: f"iif(decoded, {name}, '')" for name in DECODED_FIELDS}
@@ -1248,7 +1250,7 @@ FIELDS_SQL = (
 )
 STATUS = "iif(decoded, 200, 404)"
 DETAIL = f"iif(decoded, '', '{UNDECODABLE}')"
-# A row of vPIC's is served during the grace too. An offline row is served until vPIC's answer replaces it.
+# A row from vPIC is also served during the grace. An offline row is served until vPIC's answer replaces it.
 OUTCOME = "iif(expires_at > :now OR source = 'offline', 'hit', 'stale')"
 SERVED = "expires_at > :now - :grace OR source = 'offline'"
 
@@ -1259,9 +1261,9 @@ def json_object(fields: dict[str, str]) -> str:
 
 
 def find_cached(columns: str, details: bool) -> str:
-    """The statement that finds what is cached of `:questions`. SQLite writes the JSON of an answer, because a hit is
-    then one string from the file to the socket."""
-    # CROSS JOIN makes SQLite look up each question that is asked, and not read the table from end to end.
+    """The statement that selects the served rows of `:questions`. SQLite writes the JSON of an answer, because that is
+    faster than to write it in Python."""
+    # CROSS JOIN, because SQLite then looks up each question and does not read the whole table.
     return f"""
     SELECT asked.value, {columns}
     FROM json_each(:questions) AS asked
@@ -1274,7 +1276,7 @@ def find_cached(columns: str, details: bool) -> str:
 def answer_columns(details: bool) -> str:
     more = {"attributes": "json(attributes)"} if details else {}
     body, error = json_object(FIELDS_SQL | more), json_object(FIELDS_SQL | {"detail": f"'{UNDECODABLE}'"} | more)
-    fresh_until = "iif(source = 'vpic', expires_at, 0)"  # 0 for offline rows: vPIC's answer replaces them at any time
+    fresh_until = "iif(source = 'vpic', expires_at, 0)"  # 0: vPIC's answer may replace an offline row at any time
     return f"{STATUS}, CASE WHEN decoded THEN {body} ELSE {error} END, {OUTCOME}, fetched_at, {fresh_until}"
 
 
@@ -1304,14 +1306,13 @@ LEFT JOIN attributes
 """  # noqa: S608 - our own column names
 
 SNAPSHOT = f"SELECT {', '.join(COLUMNS)} FROM vehicles"  # noqa: S608 - as above
-# An empty text in place of NULL, because the driver of the export guesses types from the first rows.
+# Empty texts in place of NULL, because the export's driver takes the type of a column from its first rows.
 SNAPSHOT_WITH_DETAILS = f"""
 SELECT {", ".join(COLUMNS)}, coalesce(attributes, '') AS attributes FROM records
 """  # noqa: S608 - as above
 
-# Stores any number of records. Each comes with the last removal of its VIN that was known before vPIC was asked: if
-# there is another one by now, the record is not stored, because its VIN was removed meanwhile. A record that was
-# decoded offline never replaces one of vPIC's.
+# Stores records. Each has as its last value the removal of its VIN that was read before vPIC was asked. If the VIN was
+# removed since then, the record is not stored. A record that was decoded offline never replaces a row from vPIC.
 STORE = f"""
 INSERT INTO records ({", ".join(Record._fields)})
 SELECT {", ".join(f"value ->> {index}" for index in range(len(Record._fields)))}
@@ -1321,8 +1322,8 @@ WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {le
     SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND model_year_asked = value ->> 1 AND source = 'vpic'))
 """  # noqa: S608 - as above
 
-# A row that was decoded offline is unconfirmed: vPIC is to be asked for it from its `expires_at` on. A claim moves
-# that, so that only one process asks for the row, and so that a VIN that vPIC does not answer is not asked too often.
+# A row that was decoded offline is unconfirmed: from its `expires_at` on, vPIC is asked for it. CLAIM selects such rows
+# and sets a later `expires_at`, so that only one process asks for them, and asks not too often if vPIC does not answer.
 UNCONFIRMED = "SELECT count(*), count(*) FILTER (WHERE expires_at <= ?) FROM vehicles WHERE source = 'offline'"
 # REPLACE, because rqlite returns no rows of an UPDATE that has a subquery.
 CLAIM = f"""
@@ -1337,8 +1338,8 @@ UPDATE vehicles SET expires_at = max(expires_at, ?)
 WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
 """
 
-# `removed_at` strictly grows for each VIN, so that a call to vPIC that began earlier can always be told apart, whatever
-# the clocks of several machines say, and also if the statement is carried out twice.
+# `removed_at` grows with each removal of a VIN, whatever the clocks of several machines say, and also if the statement
+# is carried out twice. So a call to vPIC that began before a removal always finds another value than it read.
 REMOVAL = """
 INSERT INTO removals (vin, removed_at) VALUES (?, ?)
 ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.removed_at)
@@ -1346,12 +1347,12 @@ ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.remove
 REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
 REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
-REMOVALS_KEPT_S = 3600  # longer than any call to vPIC that began before the removal
+REMOVALS_KEPT_S = 3600  # longer than any call to vPIC takes that began before the removal
 
 CLOCK = "SELECT unixepoch()"
-CLOCK_TOLERANCE_S = 60  # by which a machine's clock may differ from the store's without a warning
+CLOCK_TOLERANCE_S = 60  # a larger difference between this machine's clock and the store's is a warning
 
-# The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
+# Of the next 1,000 rows after a VIN: the last VIN, and how many rows expired before a time.
 COUNT_EXPIRED = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
 FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
@@ -1362,9 +1363,9 @@ DELETE_EXPIRED = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at
 PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) VALUES ('', '', hex(zeroblob(4096)))"
 
 # ======================================================================================================================
-# Stores: what carries the statements out. `FileStore` does it on one SQLite file, with one connection that reads and
-# another that writes, so that a write that waits for a lock holds up no hit. `ClusterStore` does it on an rqlite
-# cluster. The cache is disposable: if a store fails, answers go out uncached, and nothing else is lost.
+# Stores: they carry statements out. `FileStore` has one SQLite file, one connection for reads and one for writes, so
+# that no hit waits for a write. `ClusterStore` has an rqlite cluster. If a store fails, the service goes on without the
+# cache.
 # ======================================================================================================================
 
 Rows = list[tuple[Any, ...]]
@@ -1372,8 +1373,8 @@ Statement = tuple[str, Sequence[Any]]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
-    """A statement was not carried out, as far as is known. The text is the reason. It names no path and no host,
-    because /readyz says it to anybody."""
+    """A statement failed, though a cluster may have carried it out. The text is the reason. It has no path and no host,
+    because /readyz shows it to anybody."""
 
 
 class Store(Protocol):
@@ -1382,26 +1383,23 @@ class Store(Protocol):
     name: str
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows, as all writes before have left them. Raises StoreFault."""
+        """The rows, with all writes before. Raises StoreFault."""
 
     async def write(self, *statements: Statement) -> Rows:
-        """Carry the statements out as one transaction; the rows that the last one returns. Raises StoreFault.
-
-        A caller that leaves breaks nothing off."""
+        """Carry the statements out as one transaction, which goes on when the caller leaves. Returns the rows of the
+        last one. Raises StoreFault."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """The URI of a database with all that was written before, which may be read by another SQLite library, in
-        another process. Raises StoreFault."""
+        """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
 
     async def report_damage(self, cause: str) -> None:
         """Replace the database if it is a file, because somebody found it damaged."""
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
-    """The statements that make a database of ours of what OWNER found: nothing, an older one of ours, or one as it
-    should be.
+    """The statements that bring a database to this schema, given what OWNER selected from it.
 
-    Raises StartupError if the database is a newer one or not ours."""
+    Raises StartupError if the database has a newer schema or is another program's."""
     if application != APPLICATION_ID and (application or version or objects):
         raise StartupError(f"VINCACHE_DATABASE: {name} is a database, but not one of vincache's")
     if version > SCHEMA_VERSION:
@@ -1415,40 +1413,43 @@ def upgrade(name: str, application: int, version: int, objects: int) -> str:
     return f"{before};{TABLES}{after}"
 
 
+FILE_ERRORS = (sqlite3.Error, OSError, StartupError)  # what may be raised when a file is opened or written
+
+
 def reason(error: Exception) -> str:
-    """What SQLite or the system says, without the path."""
+    """The sentence of SQLite or of the system, without the path."""
     if isinstance(error, OSError):
         return error.strerror or "input/output error"
     return "another file is in its place" if isinstance(error, StartupError) else str(error)
 
 
-def is_damage(error: BaseException) -> bool:
-    """Whether SQLite says that the file is no database, or a broken one."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+def has_code(error: Exception, *codes: int) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes
 
 
-LOCK_TRY_S = 0.2  # for which a thread waits for a file that is locked, because nothing can cancel a thread
+def is_damage(error: Exception) -> bool:
+    return has_code(error, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def is_locked(error: Exception) -> bool:
+    return isinstance(error, BlockingIOError) or has_code(error, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
+
+
+LOCK_TRY_S = 0.2  # for which SQLite waits for a lock: not longer, because its thread can't be cancelled
 LOCK_PAUSE_S = 0.05  # from one try to the next
-START_TIMEOUT_S = 30  # for which a start waits for a file that another program holds locked
-MIGRATION_TIMEOUT_S = 600  # for which it waits for another process of ours, which may be migrating a large file
+START_TIMEOUT_S = 30  # for which a start waits for a file that another program has locked
+MIGRATION_TIMEOUT_S = 600  # for which a start waits for another process of the service, which may migrate a large file
 
 
 def is_stopping() -> bool:
-    """Whether uvicorn was told to end the process. It notes that at once, but acts on it only after the start."""
+    """Whether uvicorn has got a signal to end. It sets the flag at once, but reads it only after the start."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return getattr(server, "should_exit", False) is True
 
 
-def is_locked(error: BaseException) -> bool:
-    """Whether somebody else holds a lock: waiting may help."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return isinstance(error, BlockingIOError) or code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
-
-
 async def keep_trying(attempt: Callable[[], Awaitable[Result]], seconds: float) -> Result:
-    """What the attempt returns. It is made again and again while somebody holds a lock, for so many seconds, but not
-    once the process is to end. Raises what the attempt raises."""
+    """Make the attempt, and repeat it for so many seconds while another program holds a lock, but not once uvicorn
+    is to end. Raises what the last attempt raises."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     while True:
@@ -1462,9 +1463,9 @@ async def keep_trying(attempt: Callable[[], Awaitable[Result]], seconds: float) 
 
 @asynccontextmanager
 async def only_process(folder: Path, seconds: float) -> AsyncIterator[None]:
-    """Meanwhile, none of our other processes opens or replaces a file in this folder. Raises BlockingIOError if
-    another one does so for longer than that."""
-    if sys.platform == "win32":  # where a file that somebody has open can't be moved or deleted anyway
+    """Hold the lock under which processes of the service open or replace a file in this folder. Raises BlockingIOError
+    if another process holds it for longer than `seconds`."""
+    if sys.platform == "win32":  # where nobody can move or delete an open file
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -1485,13 +1486,14 @@ async def only_process(folder: Path, seconds: float) -> AsyncIterator[None]:
 MOVED, REPLACED = "its file was moved or deleted", "another file was put in its place"
 EMPTIED = "its file was emptied"
 
-# A database is three files. They are never opened here to look into them: closing one would drop SQLite's locks.
+# The three files of a database. The service never opens them by itself, because SQLite loses its locks when a process
+# closes such a file.
 PARTS = ("", "-wal", "-shm")
 Identity = tuple[int, int] | None
 
 
 def identity(path: str) -> Identity:
-    """Which file is there: its device and inode, or None."""
+    """The device and inode of the file at the path, or None."""
     with suppress(OSError):
         status = os.stat(path)
         return status.st_dev, status.st_ino
@@ -1501,14 +1503,14 @@ def identity(path: str) -> Identity:
 class OpenFile(NamedTuple):
     """A database that is open."""
 
-    path: Path  # with symbolic links followed: it is their target that is replaced
-    parts: dict[str, Identity]  # which three files the connections have open
+    path: Path  # with symbolic links followed, because their target is what may be replaced
+    parts: dict[str, Identity]  # the three files that the connections have open
     reader: aiosqlite.Connection
     writer: aiosqlite.Connection
     connections: AsyncExitStack
 
     def fault(self) -> str:
-        """Why the file at the path is no longer this one; empty if it is."""
+        """Why this database is no longer at its path; empty if it is there."""
         try:
             status = os.stat(self.path)
         except OSError:
@@ -1518,22 +1520,22 @@ class OpenFile(NamedTuple):
         return "" if status.st_size else EMPTIED
 
     def own_parts(self, *parts: str) -> list[str]:
-        """Those of the three files that are still at their path."""
+        """Those of the parts that are still at their path."""
         return [part for part in parts if self.parts[part] and identity(f"{self.path}{part}") == self.parts[part]]
 
 
 def prepare_file(path: Path) -> None:
-    """Make a file of ours of what is at the path: nothing, an empty file, an older one of ours, or one as it should be.
+    """Create the database at the path, or bring it to this schema.
 
-    Raises sqlite3.Error, and StartupError if the file is a newer one or not ours."""
+    Raises sqlite3.Error, and StartupError if the file has a newer schema or is another program's."""
     status = path.stat() if path.exists() else None
     if status is None or status.st_size == 0:
-        for part in PARTS[1:]:  # left over from a file that is gone: SQLite would play them into the new one
+        for part in PARTS[1:]:  # they belong to a file that is gone, but SQLite would write them into the new one
             Path(f"{path}{part}").unlink(missing_ok=True)
-    sqlite3.connect(path).close()  # makes the file
+    sqlite3.connect(path).close()  # creates the file
     if status is None:
         share_with_group(path)
-    # Read-only: closing the last connection would else write a -wal into a file that is not ours.
+    # Read-only, because SQLite would else write the -wal of another program's file into it when it closes the file.
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCK_TRY_S)) as file:
         tables = upgrade(str(path), *file.execute(OWNER).fetchone())
     with closing(sqlite3.connect(path, timeout=LOCK_TRY_S, isolation_level=None)) as file:
@@ -1541,15 +1543,15 @@ def prepare_file(path: Path) -> None:
 
 
 def share_with_group(path: Path) -> None:
-    """Let the folder's group write the new file where it may write the folder: a container that runs as another user
-    of that group goes on with it. SQLite gives the -wal and the -shm the same mode."""
+    """If the folder's group may write the folder, let it write the new file too, because a later container may run as
+    another user of that group. SQLite gives the -wal and the -shm the same mode."""
     file, folder = path.stat(), path.parent.stat()
     if folder.st_mode & stat.S_IWGRP and folder.st_gid == file.st_gid:
         path.chmod(file.st_mode | stat.S_IRGRP | stat.S_IWGRP)
 
 
 def owners(path: Path) -> str:
-    """For the end of an error: who owns the file and its folder, and their modes, as far as they are there."""
+    """For the end of an error: the owner and the mode of the file and of its folder, if they exist."""
     text = ""
     for what, place in (("the file", path), ("its folder", path.parent)):
         with suppress(OSError):
@@ -1559,7 +1561,7 @@ def owners(path: Path) -> str:
 
 
 def move_aside(path: Path, parts: Iterable[str], cause: str) -> None:
-    """Rename a damaged database, so that a fresh one can take its place."""
+    """Rename a damaged database."""
     aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     for part in parts:
         os.rename(f"{path}{part}", f"{aside}{part}")
@@ -1567,8 +1569,8 @@ def move_aside(path: Path, parts: Iterable[str], cause: str) -> None:
 
 
 async def transact(connection: aiosqlite.Connection, statements: Sequence[Statement]) -> Rows:
-    """Carry the statements out as one transaction; the rows that the last one returns. Raises sqlite3.Error."""
-    if len(statements) == 1:  # it is a transaction by itself
+    """Carry the statements out as one transaction. Returns the rows of the last one. Raises sqlite3.Error."""
+    if len(statements) == 1:  # a single statement is a transaction
         return cast(Rows, await connection.execute_fetchall(*statements[0]))
     rows: Rows = []
     await connection.execute_fetchall("BEGIN IMMEDIATE")
@@ -1583,24 +1585,22 @@ async def transact(connection: aiosqlite.Connection, statements: Sequence[Statem
 
 
 class FileStore:
-    """One SQLite file. Use it as `async with`. Raises StartupError if it can't be opened and written, or isn't ours.
+    """One SQLite file. Use it as `async with`. Raises StartupError if it can't be opened and written, or is another
+    program's.
 
-    What may happen to the file while it is open, and what then:
+    | what happens to the open file          | who notices it         | what the store does                            |
+    |----------------------------------------|------------------------|------------------------------------------------|
+    | it was moved, deleted or replaced      | each write and export, | closes it, with its last rows in it and without|
+    |                                        | and `_watch`           | -wal and -shm; then opens or creates the file  |
+    |                                        |                        | at the path                                    |
+    | it was emptied                         | the same               | the same as for damage                         |
+    | SQLite finds damage in it              | each statement and     | moves it aside with -wal and -shm, unless      |
+    |                                        | export                 | another worker has done so; then opens or      |
+    |                                        |                        | creates the file at the path                   |
+    | the file at the path can't be opened   | each of these          | stays closed: reads fail; each write and       |
+    |                                        |                        | `_watch` try to open it                        |
 
-    | what                                      | found by               | then                                        |
-    |-------------------------------------------|------------------------|---------------------------------------------|
-    | nothing, or another file, is at the path  | each write and export, | its last rows are written to the file where |
-    |                                           | and every second       | it is now, its -wal and -shm are deleted,   |
-    |                                           |                        | and what is at the path is opened, or made  |
-    | the file is empty                         | the same               | as damaged                                  |
-    | SQLite says that it is damaged            | any statement, the     | it is moved aside with its -wal and -shm,   |
-    |                                           | export                 | unless another worker has done that; what   |
-    |                                           |                        | is at the path is opened, or made           |
-    | the folder is gone, or the file can't be  | the same               | closed: reads find nothing; each write, and |
-    | opened                                    |                        | every second, tries to open it              |
-
-    All this happens under a lock of the folder, because another worker may do the same between the look and the
-    rename."""
+    The store does this under a lock of the folder, because another worker could replace the file at the same moment."""
 
     name = "file"
 
@@ -1608,9 +1608,9 @@ class FileStore:
         self._path = path.absolute()
         self._busy_timeout = busy_timeout  # seconds for which a write waits for a lock
         self._file: OpenFile | None = None  # None: closed
-        self._replacing = asyncio.Lock()  # held while the file is replaced
+        self._replacing = asyncio.Lock()  # held by the task that closes the file and opens another one
         self._writing = asyncio.Lock()  # held by the transaction that is carried out
-        self._writes = Tasks()  # which go on if their callers leave
+        self._writes = Tasks()  # they go on when their callers leave
         self._resources = AsyncExitStack()  # what is closed with the store
 
     async def __aenter__(self) -> "FileStore":
@@ -1623,7 +1623,7 @@ class FileStore:
                 us = f"uid {os.geteuid()}" if hasattr(os, "geteuid") else "us"
                 why = f"{self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
                 raise StartupError(f"VINCACHE_DATABASE: {why}") from None
-            # uvicorn ends a service that has started as it should be.
+            # Go on with the start, because uvicorn ends after it.
             log.info("told to stop while it waited for %s: %s", self._path, error)
         await self._resources.enter_async_context(background(self._watch()))
         return self
@@ -1635,7 +1635,7 @@ class FileStore:
             await self._file.connections.aclose()
 
     async def _open(self, seconds: float) -> OpenFile:
-        """Open what is at the path; a damaged file is moved aside for a fresh one."""
+        """Open or create the file at the path. A damaged one is moved aside first."""
         path = self._path.resolve()
         try:
             return await keep_trying(lambda: self._try_to_open(path), seconds)
@@ -1646,12 +1646,12 @@ class FileStore:
         return await keep_trying(lambda: self._try_to_open(path), seconds)
 
     async def _try_to_open(self, path: Path) -> OpenFile:
-        # Open it with sqlite3 first: if aiosqlite fails to connect, its thread lives on and logs after our sentence.
+        # Open it with sqlite3 first: if aiosqlite fails to connect, its thread lives on and logs after the error.
         await asyncio.to_thread(prepare_file, path)
         async with AsyncExitStack() as connections:
             reader, writer = [
-                # The timeout is set before any statement, because switching to WAL needs a lock. No isolation level: a
-                # statement is then its own transaction, and a cancelled one leaves none open.
+                # The timeout is set before any statement, because the change to WAL needs a lock. Without an isolation
+                # level a single statement is a transaction, so a cancelled caller leaves none open.
                 await connections.enter_async_context(aiosqlite.connect(path, timeout=LOCK_TRY_S, isolation_level=None))
                 for _ in range(2)
             ]
@@ -1662,13 +1662,15 @@ class FileStore:
             return OpenFile(path, parts, reader, writer, connections.pop_all())
 
     async def _current(self) -> OpenFile:
-        """The file; opened anew if it is no longer at its path, because what is written to it would be lost."""
+        """The file at the path, because rows that are written to a moved one would be lost. Raises StoreFault."""
         file = self._file
-        fault = file.fault() if file else MOVED
-        return await self._replace(file, fault, damaged=fault == EMPTIED) if fault else cast(OpenFile, file)
+        cause = file.fault() if file else MOVED
+        if file and not cause:
+            return file
+        return await self._replace(file, cause, damaged=cause == EMPTIED)
 
     async def _replace(self, file: OpenFile | None, cause: str, *, damaged: bool) -> OpenFile:
-        """Close `file`, and open what is at the path now; unless another task has done that."""
+        """Close `file` and open the file at the path, unless another task has done that. Raises StoreFault."""
         async with self._replacing:
             if self._file is not None and self._file is not file:
                 return self._file
@@ -1676,41 +1678,43 @@ class FileStore:
             moved = False
             try:
                 async with only_process(self._path.resolve().parent, self._busy_timeout):
-                    if file is not None and damaged and file.own_parts(""):
-                        move_aside(file.path, file.own_parts(*PARTS), cause)
-                        moved = True
-                    elif file is not None and not damaged:
-                        await self._leave_behind(file)
                     if file is not None:
-                        await file.connections.aclose()
+                        moved = await self._retire(file, cause, damaged)
                     self._file = await self._open(self._busy_timeout)
+            except FILE_ERRORS as error:
+                raise StoreFault(reason(error)) from error
             finally:
-                if file is not None:  # also if the folder is gone
+                if file is not None:  # also if the folder could not be locked
                     await file.connections.aclose()
             if not moved:
                 log.warning("cache opened anew (%s): %s", cause, self._path)
             return self._file
 
     @staticmethod
-    async def _leave_behind(file: OpenFile) -> None:
-        """Finish a file that is no longer at its path."""
-        with suppress(sqlite3.Error):  # if it was moved, its last rows go along
-            await file.writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
-        # SQLite finds these two by name: left behind, they would be played into the file that is now at the path.
-        for part in file.own_parts("-wal", "-shm"):
-            os.unlink(f"{file.path}{part}")
+    async def _retire(file: OpenFile, cause: str, damaged: bool) -> bool:
+        """Close the file. If it is damaged and still at its path, move it aside and return True."""
+        moved = damaged and bool(file.own_parts(""))
+        if moved:
+            move_aside(file.path, file.own_parts(*PARTS), cause)
+        elif not damaged:
+            with suppress(sqlite3.Error):  # if the file was moved, this writes its last rows into it
+                await file.writer.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+            # SQLite finds these two by name, and would write them into the file that is now at the path.
+            for part in file.own_parts("-wal", "-shm"):
+                os.unlink(f"{file.path}{part}")
+        await file.connections.aclose()
+        return moved
 
     async def _watch(self) -> None:
-        """Notice within a second what happened to the file, even if nobody writes."""
+        """Each second, see whether the file is still at its path, because a read does not notice that."""
         while True:
             await asyncio.sleep(1)
-            with suppress(sqlite3.Error, OSError, StartupError):  # the next write tells of it
+            with suppress(StoreFault):  # the next write raises it again
                 await self._current()
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows. Raises StoreFault."""
         while True:
-            if self._replacing.locked():  # another task opens the file anew
+            if self._replacing.locked():  # another task is opening a file: wait for it
                 async with self._replacing:
                     pass
             file = self._file
@@ -1718,55 +1722,42 @@ class FileStore:
                 raise StoreFault("it is not open")
             try:
                 return cast(Rows, await file.reader.execute_fetchall(statement, parameters))
-            except (sqlite3.Error, ValueError) as error:  # ValueError: a replacement has closed the connection
+            except (sqlite3.Error, ValueError) as error:  # ValueError: another task has closed the connection
                 if is_damage(error):
                     await self.report_damage(str(error), file)
                 if file is self._file or self._file is None:
                     raise StoreFault(reason(error)) from error
 
     async def write(self, *statements: Statement) -> Rows:
-        """Carry the statements out as one transaction; the rows that the last one returns.
+        """As in `Store`. If it raises StoreFault, nothing was written. It returns within `busy_timeout`, which includes
+        the wait for other transactions."""
+        return await self._writes.run(self._write(statements))
 
-        Raises StoreFault if nothing was written, within `busy_timeout`, the wait for other transactions included. A
-        caller that leaves breaks nothing off."""
-        return await self._writes.run(self._write_in_turn(statements))
-
-    async def _write_in_turn(self, statements: Sequence[Statement]) -> Rows:
+    async def _write(self, statements: Sequence[Statement]) -> Rows:
         deadline = asyncio.get_running_loop().time() + self._busy_timeout
         async with self._writing:
-            try:
-                return await self._write(statements, deadline)
-            except (sqlite3.Error, OSError, StartupError) as error:
-                raise StoreFault(reason(error)) from error
-
-    async def _write(self, statements: Sequence[Statement], deadline: float) -> Rows:
-        for last in (False, True):
-            file = await self._current()
-            left = deadline - asyncio.get_running_loop().time()
-            if left <= 0:
-                raise TimeoutError(errno.ETIMEDOUT, "locked for too long")
-            try:
-                # SQLite's own time-out is the only one: a statement that fails has done nothing.
-                await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
-                return await transact(file.writer, statements)
-            except sqlite3.Error as error:
-                if last or not is_damage(error):
-                    raise
-                await self._replace(file, str(error), damaged=True)
-        raise AssertionError
+            for last in (False, True):
+                file = await self._current()
+                left = deadline - asyncio.get_running_loop().time()
+                if left <= 0:
+                    raise StoreFault("locked for too long")
+                try:
+                    # No other timeout than SQLite's, because after that one it is certain that nothing was written.
+                    await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
+                    return await transact(file.writer, statements)
+                except sqlite3.Error as error:
+                    if last or not is_damage(error):
+                        raise StoreFault(reason(error)) from error
+                    await self._replace(file, str(error), damaged=True)
+        raise AssertionError  # the second round returns or raises
 
     @asynccontextmanager
     async def open_copy(self) -> AsyncIterator[str]:
-        """The URI of a database that another SQLite library may read, in another process. Raises StoreFault."""
-        try:
-            file = await self._current()
-        except (sqlite3.Error, OSError, StartupError) as error:
-            raise StoreFault(reason(error)) from error
+        file = await self._current()
         yield f"{file.path.as_uri()}?mode=ro"
 
     async def report_damage(self, cause: str, file: OpenFile | None = None) -> None:
-        """Replace the file, because somebody found it damaged."""
-        with suppress(sqlite3.Error, OSError, StartupError):  # the next write tries again
+        with suppress(StoreFault):  # the next write tries again
             await self._replace(file or self._file, cause, damaged=True)
 
 
@@ -2003,33 +1994,35 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
 
 
 # ======================================================================================================================
-# Cache: the statements as verbs, over whichever store. A read that fails finds nothing, a write that fails raises
-# CacheUnavailable.
+# Cache: one method for each thing that is done with the statements. A read that fails finds nothing. A write that fails
+# raises CacheUnavailable.
 # ======================================================================================================================
 
-READ_TIMEOUT_S = 5  # a store that hangs for so long cannot be read; a cluster gives up by itself before that
-# With fewer hits waiting than this, the next statement waits two turns of the loop for more. With more, turns are long,
-# and the statement carries enough.
+READ_TIMEOUT_S = 5  # a read that takes longer fails; it is longer than CLUSTER_TIMEOUT_S
+# If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
+# begins at once, because turns are long then and the statement is large enough.
 MERGE_MAX = 16
 
 
 class Cache:
-    """What is known of the questions that were asked before."""
+    """The rows in the store."""
 
     def __init__(self, store: Store, grace: float) -> None:
         self._store = store
-        self._grace = grace  # seconds after its end for which a row of vPIC's is served
+        self._grace = grace  # seconds after its `expires_at` for which a row from vPIC is served
         self._reading, self._writing = [
             Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
             for done in ("read", "written")
         ]
-        self.unconfirmed = 0  # rows, when they were last counted
-        self._clock_differs = False  # this machine's from the store's
-        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []  # hits that wait for the next statement
-        self._answering: asyncio.Task[None] | None = None  # the statement that is under way
-        self._checks = Tasks()  # at most one
+        self._clock_difference = Outage(
+            "this machine's clock differs from the cache's by %s s: rows expire too soon or late",
+            "this machine's clock agrees with the cache's again",
+        )
+        self.unconfirmed = 0  # the number of unconfirmed rows when they were last counted
+        self._waiting: list[tuple[Question, asyncio.Future[Answer | None]]] = []  # the hits of the next statement
+        self._answering: asyncio.Task[None] | None = None  # the task of the statement that is under way
         self._checking: asyncio.Task[str] | None = None  # the last check
-        self._checked_at = -math.inf  # when it ended (monotonic)
+        self._checked_at = -math.inf  # when the last check ended (monotonic)
 
     async def _timed(self, work: Awaitable[Rows]) -> Rows:
         started, outcome = time.perf_counter(), "failed"
@@ -2060,36 +2053,36 @@ class Cache:
         return rows
 
     def hit(self, question: Question) -> asyncio.Future[Answer | None]:
-        """What is cached, or None. Hits that come while a statement is under way share the next one."""
+        """The cached answer, or None. Hits that come while a statement is under way share the next one."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
-        self._asked.append((question, answer))
+        self._waiting.append((question, answer))
         if self._answering is None:
             self._answering = asyncio.create_task(self._answer())
         return answer
 
     async def _answer(self, turns: int = 0) -> None:
         for _ in range(turns):
-            if len(self._asked) < MERGE_MAX:
+            if len(self._waiting) < MERGE_MAX:
                 await asyncio.sleep(0)
-        asked, self._asked = self._asked, []
+        waiting, self._waiting = self._waiting, []
         found: dict[Question, Answer] = {}
         try:
-            found = await self.answers([question for question, _ in asked])
-        finally:  # also after an error, so that no caller waits for ever
-            for question, answer in asked:
-                if not answer.done():  # else its caller has left
+            found = await self.answers([question for question, _ in waiting])
+        finally:  # also after an error, because a caller would else wait for ever
+            for question, answer in waiting:
+                if not answer.done():  # its caller has not left
                     answer.set_result(found.get(question))
-            # Before the next statement, yield to the loop twice: the requests just answered send their responses, and
-            # new ones come and share it. That makes a fifth more hits a second.
-            self._answering = asyncio.create_task(self._answer(turns=2)) if self._asked else None
+            # The next statement lets the loop run for two turns: the requests that were just answered send their
+            # responses, and new ones come and share the statement. That makes 20 % more hits a second.
+            self._answering = asyncio.create_task(self._answer(turns=2)) if self._waiting else None
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
-        """What is cached of these, with `attributes` if details are asked for and there."""
+        """The cached answers. With `details`, only those that have `attributes`."""
         rows = await self._cached(ANSWERS[details], questions)
         return {row[0]: Answer._make(row[1:]) for row in rows}
 
     async def lines(self, questions: Sequence[Question], form: LineForm) -> dict[Question, tuple[str, Line]]:
-        """The same for batches: the outcome (hit or stale), and the line."""
+        """The cached lines of a batch, each with its outcome (hit or stale)."""
         rows = await self._cached(LINES[form], questions)
         if form.is_csv:
             return {row[0]: (row[1], [*row[2:]]) for row in rows}
@@ -2101,24 +2094,25 @@ class Cache:
         )
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
-        """The rows of those that have one, fresh or not; and for all, the last removal of the VIN."""
+        """The rows of these questions, fresh or not; and of all questions the last removal of the VIN."""
         rows = await self._read(RECORDS, (json.dumps(questions),))
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
-        """Store the records, each with the last removal that was known before vPIC was asked. If that fails, they are
-        not cached. Returns within `busy_timeout` or CLUSTER_TIMEOUT_S."""
+        """Store the records, each with the removal of its VIN that was read before vPIC was asked. If the store fails,
+        they are not cached. Returns within `busy_timeout` or CLUSTER_TIMEOUT_S."""
         rows = json.dumps([(*record, removal) for record, removal in records])
-        with suppress(CacheUnavailable):  # logged where it was raised
+        with suppress(CacheUnavailable):  # `_write` has logged it
             await self._write((STORE, (rows,)))
 
     async def extend(self, questions: Sequence[Question], expires_at: int) -> None:
-        """Let the rows of these questions count as fresh until `expires_at` (unix seconds)."""
+        """Move the end of these rows to `expires_at` (unix seconds)."""
         with suppress(CacheUnavailable):
             await self._write((EXTEND, (expires_at, json.dumps(questions))))
 
     async def claim_unconfirmed(self, most: int, seconds: float) -> list[Question]:
-        """Some questions whose rows are unconfirmed, the oldest first. For so many seconds nobody gets them again."""
+        """The questions of up to `most` unconfirmed rows, the oldest first. No process claims them again for so many
+        seconds."""
         now = time.time()
         if not (counted := await self._read(UNCONFIRMED, (now,))):
             return []
@@ -2131,10 +2125,10 @@ class Cache:
         return [ask(vin, model_year) for vin, model_year in rows]
 
     async def remove(self, vin: str) -> bool:
-        """Remove the rows of a VIN, and have no call that is under way store it. Whether there was a row.
+        """Remove the rows of a VIN, and prevent calls under way from storing one. Returns whether there was a row.
 
-        Raises CacheUnavailable. Then nothing was removed from a file; from a cluster it may have been."""
-        # One transaction, because a lookup that reads between the two would take the row for one of after the removal.
+        Raises CacheUnavailable. A file has then not changed; in a cluster the rows may have been removed."""
+        # One transaction, because a lookup that reads between the two would take the old row for one after the removal.
         now = await self._clock() or int(time.time())
         return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,))))
 
@@ -2144,51 +2138,47 @@ class Cache:
         return rows[0][0] if rows else None
 
     async def sweep(self, keep_expired: float) -> None:
-        """Now and then, for ever, delete the rows expired for longer than `keep_expired` seconds, in small bites."""
+        """Without end, delete the rows that expired more than `keep_expired` seconds ago, 1,000 rows at a time."""
         while True:
             with suppress(CacheUnavailable):
                 if clock := await self._clock():
-                    await self._sweep_once(min(clock, time.time()), keep_expired)  # the store's may be the wrong one
+                    await self._sweep_once(min(clock, time.time()), keep_expired)  # the store's clock may be wrong too
             await asyncio.sleep(min(3600, max(1, keep_expired / 10)))
 
     async def _sweep_once(self, now: float, keep_expired: float) -> None:
         last, cutoff = "", now - keep_expired
-        while (bite := await self._read(COUNT_EXPIRED, (cutoff, last))) and bite[0][0] is not None:
-            [(upto, expired)] = bite
+        while (counted := await self._read(COUNT_EXPIRED, (cutoff, last))) and counted[0][0] is not None:
+            [(upto, expired)] = counted
             if expired:
                 await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
             last = upto
-            await asyncio.sleep(0.05)  # lookups come first
+            await asyncio.sleep(0.05)  # for lookups
         await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT_S) * 10**9,)))
 
     async def _clock(self) -> int | None:
-        """The store's clock (unix seconds), or None if it can't be read. What is deleted goes by it, because the clock
-        of one of many machines may be wrong by days; that machine's log says so."""
+        """The store's clock (unix seconds), or None if it can't be read. Deletions use it, because the clock of one of
+        many machines may be wrong by days. The log of that machine says so."""
         rows = await self._read(CLOCK, ())
         if not rows:
             return None
         clock: int = rows[0][0]
         ahead = time.time() - clock
-        if (abs(ahead) > CLOCK_TOLERANCE_S) != self._clock_differs:
-            self._clock_differs = not self._clock_differs
-            if self._clock_differs:
-                log.warning(
-                    "this machine's clock differs from the cache's by %+d s: rows expire too soon or late", ahead
-                )
-            else:
-                log.info("this machine's clock agrees with the cache's again")
+        if abs(ahead) > CLOCK_TOLERANCE_S:
+            self._clock_difference.begin(f"{int(ahead):+d}")
+        else:
+            self._clock_difference.end()
         return clock
 
     async def check(self) -> str:
         """`ok` if the store can be read and written, else the reason why not.
 
-        One check serves all who ask while it runs, and for a second after that."""
+        Callers share a check while it runs, and its result for a second after that."""
         if self._checking is None or (self._checking.done() and time.monotonic() > self._checked_at + 1):
-            self._checking = self._checks.start(self._check())
+            self._checking = asyncio.create_task(self._check())
         return await asyncio.shield(self._checking)
 
     async def _check(self) -> str:
-        with suppress(CacheUnavailable):  # first: a write opens anew what was moved or deleted
+        with suppress(CacheUnavailable):  # write first, because a write notices if the file was moved or deleted
             await self._write((PROBE, ()))
         await self._read(REMOVED_AT, ("",))
         self._checked_at = time.monotonic()
@@ -2196,21 +2186,21 @@ class Cache:
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """The URI of a database with all that was stored before, for an export. Raises StoreFault."""
+        """The URI of a database with all rows that were stored before. Raises StoreFault."""
         return self._store.open_copy()
 
     async def report_damage(self, cause: str) -> None:
-        """Somebody outside found the database damaged."""
+        """Replace the database, because an export found it damaged."""
         await self._store.report_damage(cause)
 
 
 # ======================================================================================================================
-# vPIC: the only room that calls it. First the translation of its answers, which trusts nothing and does no I/O; then
-# the breaker; then the call, with its retries, its deadline and its rate. Facts: https://vpic.nhtsa.dot.gov/api/ and
-# recorded answers.
+# vPIC: the only room that calls it. First the translation of its answers, without I/O; then the breaker; then the call,
+# with its retries, its deadline and its rate. For vPIC's form see https://vpic.nhtsa.dot.gov/api/.
 # ======================================================================================================================
 
-# Our word for vPIC's: without these there is no answer. All else that it says is kept under vPIC's own names.
+# By the name of a column, the key in vPIC's answer. A result without one of these keys is unusable. The others become
+# attributes.
 VPIC_KEYS = {
     "vin": "VIN",
     "make": "Make",
@@ -2221,25 +2211,25 @@ VPIC_KEYS = {
     "error_text": "ErrorText",
     "suggested_vin": "SuggestedVIN",
 }
-DOUBT_KEYS = {"additional_error_text": "AdditionalErrorText", "possible_values": "PossibleValues"}
+OPTIONAL_KEYS = {"additional_error_text": "AdditionalErrorText", "possible_values": "PossibleValues"}
 
 VPIC_VINS = 50  # in one call, at most
-ANSWER_BYTES = 2**21  # unpacked; 50 VINs take some 250 kB
+ANSWER_BYTES = 2**21  # unpacked, at most; the answer for 50 VINs has some 250 kB
 
 
 def text(value: object) -> str:
-    """The value without blanks around it, which older answers have. Raises ValueError if it is no proper text."""
+    """The value without the blanks around it that some answers have. Raises ValueError if SQLite can't store it."""
     if not isinstance(value, str):
         raise ValueError("missing or not a string")
-    value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
-    if "\0" in value:  # it ends a text in SQLite
+    value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
+    if "\0" in value:  # SQLite ends a text there
         raise ValueError("a text with NUL in it")
     return value.strip()
 
 
 def translate(flat: object) -> Words:
-    """One flat result of vPIC in our words. Raises ValueError if one of the eight keys is missing or no proper text;
-    of the others an odd one is left out."""
+    """One result of vPIC as columns of a row. Raises ValueError if a value of VPIC_KEYS is missing or can't be stored.
+    Other values that can't be stored are left out."""
     if not isinstance(flat, dict):
         raise ValueError("a result is not an object")
     words = {}
@@ -2253,7 +2243,7 @@ def translate(flat: object) -> Words:
         with suppress(ValueError):
             if value := text(flat[key]):
                 others[text(key)] = value
-    words |= {word: others.pop(key, "") for word, key in DOUBT_KEYS.items()}
+    words |= {word: others.pop(key, "") for word, key in OPTIONAL_KEYS.items()}
     return words | {"attributes": json.dumps(dict(sorted(others.items())), ensure_ascii=False)}
 
 
@@ -2262,7 +2252,7 @@ def refuse_constant(name: str) -> None:
 
 
 def parse(body: bytes, vins: Collection[str]) -> dict[str, Words]:
-    """What an answer of vPIC says of `vins`, those it fails to describe left out. Raises ValueError if that is all."""
+    """The results for `vins` in an answer of vPIC. It need not have all. Raises ValueError if it has none."""
     if re.match(rb"\s*<(!doctype )?html", body, re.IGNORECASE):
         raise ValueError("an HTML page")
     try:
@@ -2291,36 +2281,37 @@ def retry_after_seconds(header: str | None) -> float | None:
     """Seconds to wait by a Retry-After header (seconds or HTTP date), or None if there is none that can be read."""
     if header is None:
         return None
-    with suppress(ValueError, OverflowError):  # OverflowError: a date whose zone is out of this world
+    with suppress(ValueError, OverflowError):  # OverflowError: the date has an impossible time zone
         if header.strip().isdigit():
-            return int(header)  # a float of 400 digits would be infinite, which no header can say
+            return int(header)  # not a float, because one of 400 digits would be infinite
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     return None
 
 
 class Breaker:
-    """Leaves vPIC alone while it fails.
+    """Prevents calls to vPIC while vPIC fails.
 
-    | state   | what happens                                                        | then    |
-    |---------|---------------------------------------------------------------------|---------|
-    | closed  | so many calls in a row fail, as counted below                       | open    |
-    | open    | so many seconds have passed, and somebody wants to call: one may    | probing |
-    | probing | the call is answered                                                | closed  |
-    |         | the call fails                                                      | open    |
+    | state   | what happens                                        | next state |
+    |---------|-----------------------------------------------------|------------|
+    | closed  | `failures` calls fail in a row, counted as below    | open       |
+    | open    | the first call after `seconds` is made, as a probe  | probing    |
+    | probing | vPIC answers the probe                              | closed     |
+    |         | the probe fails                                     | open       |
 
-    A failed call counts once for the set of its VINs, because one VIN may be why vPIC fails, however often it is asked.
-    A call for several VINs that failed no longer counts when a call for fewer of them fails: that explains it. A call
-    that fails for a reason that no VIN can have always counts. (Tested by `test_a_vin_on_which_vpic_chokes_fails_alone`
-    and `test_an_outage_hardly_reaches_vpic`.)"""
+    One VIN may be why vPIC fails, so calls that fail for the same set of VINs count as one. If a call for {A, B} failed
+    and then a call for {A} fails, only {A} counts, because A alone explains both. If no VIN can be the reason of a
+    failure, the call always counts. (Tested by `test_a_vin_on_which_vpic_chokes_fails_alone` and
+    `test_an_outage_hardly_reaches_vpic`.)"""
 
     def __init__(self, failures: int, seconds: float) -> None:
-        self._failures = failures  # that open it
+        self._failures = failures  # so many open the breaker
         self._seconds = seconds  # for which it stays open
-        self._failed: list[frozenset[object]] = []  # the sets that count, of the calls since the last answer
-        self._first_failed_at = self._last_failed_at = 0.0  # of the calls since the last answer (monotonic)
+        self._failed: list[frozenset[object]] = []  # the sets of VINs that count, since the last answer
+        self._first_failed_at = 0.0  # the first failure since the last answer (monotonic)
+        self._last_failed_at = 0.0  # the last failure (monotonic)
         self._open_until: float | None = None  # monotonic; None: closed
         self._open_since = 0.0  # unix seconds
-        self._probing = False  # the one call is under way that finds out whether vPIC works again
+        self._probing = False  # the probe is under way
         breaker_gauge.set(0)
 
     @property
@@ -2329,17 +2320,17 @@ class Breaker:
 
     @property
     def state(self) -> str:
-        """`ok`, or since when vPIC is left alone."""
+        """`ok`, or since when the breaker is open."""
         return "ok" if self.closed else f"open since {utc(self._open_since)}"
 
     def has_failed_for(self, seconds: float) -> bool:
-        """Whether vPIC is left alone, and its calls have failed for so long, from the first to the last one. While a
-        call probes vPIC, its outcome is worth waiting for."""
+        """Whether the breaker is open and the time from the first to the last failure is at least `seconds`. Not during
+        a probe, because vPIC may answer it."""
         is_open = self._open_until is not None and not self._probing
         return is_open and self._last_failed_at - self._first_failed_at >= seconds
 
     def refusal(self) -> VpicUnavailable | None:
-        """The error for a call that is not to be made now, or None."""
+        """Why no call may be made now, or None if one may."""
         if self._open_until is None:
             return None
         wait = self._open_until - time.monotonic()
@@ -2349,7 +2340,7 @@ class Breaker:
 
     @contextmanager
     def watch_call(self, questions: Sequence[Question]) -> Iterator[None]:
-        """Around a call. Raises VpicUnavailable if the call is not to be made."""
+        """Count the outcome of a call that is made in the body. Raises VpicUnavailable if no call may be made."""
         if refusal := self.refusal():
             raise refusal
         is_probe = self._probing = not self.closed
@@ -2371,7 +2362,7 @@ class Breaker:
         self._last_failed_at = time.monotonic()
         if not self._failed:
             self._first_failed_at = self._last_failed_at
-        self._failed = [other for other in self._failed if not other > failed]  # these are explained now
+        self._failed = [other for other in self._failed if not other > failed]  # `failed` explains its supersets
         if not any(other <= failed for other in self._failed):
             self._failed.append(failed)
 
@@ -2391,13 +2382,13 @@ class Breaker:
 
 
 class Vpic:
-    """vPIC, over a shared session: `decode` is the call, the methods below it each add one concern."""
+    """Calls vPIC over a shared session. `decode` is the way in; each method below it adds one concern."""
 
     def __init__(self, session: aiohttp.ClientSession, rates: Rates, settings: Settings) -> None:
         self._session = session
         self._rates = rates
         self._url = settings.vpic_url
-        self._fair_time = settings.vpic_timeout / 2  # seconds: a call that had less says nothing of vPIC if it fails
+        self._fair_time = settings.vpic_timeout / 2  # seconds: if a call had less, its timeout is not vPIC's fault
         self._batch_timeout = settings.vpic_batch_timeout
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
 
@@ -2408,26 +2399,26 @@ class Vpic:
 
     @property
     def state(self) -> str:
-        """`ok`, `offline`, or since when vPIC is left alone."""
+        """`ok`, `offline`, or since when the breaker is open."""
         return "offline" if self.is_off else self.breaker.state
 
     def refusal(self) -> VpicUnavailable | None:
-        """The error for a call that is not to be made now, or None."""
+        """Why no call may be made now, or None if one may."""
         if self.is_off:
             return VpicUnavailable(SWITCHED_OFF)
         return self.breaker.refusal()
 
     def is_given_up(self) -> bool:
-        """Whether not even a batch waits for vPIC any longer."""
+        """Whether batches too are answered without vPIC."""
         return self.is_off or self.breaker.has_failed_for(self._batch_timeout)
 
     async def decode(
         self, questions: Sequence[Question], deadline: float, patient: bool = False
     ) -> dict[Question, Words]:
-        """Ask vPIC up to 50 questions, of different VINs; those it does not answer are left out.
+        """Ask vPIC up to 50 questions about different VINs. The result need not have all of them.
 
-        Raises VpicUnavailable, at `deadline` (loop time) at the latest, retries included; the time for which a patient
-        caller waits for our own rate, up to a minute, comes on top."""
+        Raises VpicUnavailable by `deadline` (loop time), after all retries. The wait of a `patient` caller for our own
+        rate, up to a minute, does not count: it moves the deadline."""
         has_turn = patient
         if patient:
             seconds = deadline - asyncio.get_running_loop().time()
@@ -2446,17 +2437,17 @@ class Vpic:
                     await self._keep_to_rate(deadline)
                 has_turn = False
                 with self.breaker.watch_call(questions):
-                    return await self._call_noted(questions, deadline)
+                    return await self._logged_call(questions, deadline)
         raise AssertionError  # the loop returns or raises
 
     @staticmethod
     def _wait_before_retry(error: Exception, deadline: float) -> bool | float:
-        """Whether a failed call is worth another (True: after a jittered backoff), or the seconds to wait before it."""
+        """False if a failed call is not repeated, True if it is after stamina's wait, or the seconds until then."""
         if not isinstance(error, VpicUnavailable) or not error.failure.try_again:
             return False
         left = deadline - asyncio.get_running_loop().time()
         if error.retry_after is None:
-            return left > 1  # the longest backoff
+            return left > 1  # stamina's longest wait
         return error.retry_after < left and max(0.05, error.retry_after)
 
     async def _keep_to_rate(self, deadline: float) -> None:
@@ -2470,8 +2461,8 @@ class Vpic:
                 raise VpicUnavailable(CROWDED, retry_after=wait)
             await asyncio.sleep(wait)
 
-    async def _call_noted(self, questions: Sequence[Question], deadline: float) -> dict[Question, Words]:
-        """One call that the log and the telemetry know of."""
+    async def _logged_call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Words]:
+        """One call, with its duration in the metrics, and its failure in the log."""
         started, outcome = time.perf_counter(), "ok"
         try:
             return await self._call(questions, deadline)
@@ -2485,7 +2476,7 @@ class Vpic:
             vpic_duration.record(time.perf_counter() - started, {"outcome": outcome})
 
     async def _call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Words]:
-        """One HTTP call, its answer parsed. Whatever goes wrong comes out as VpicUnavailable."""
+        """One HTTP call, with its answer parsed. Raises VpicUnavailable, whatever goes wrong."""
         asked = {vin_of(question): question for question in questions}
         fair = deadline - asyncio.get_running_loop().time() >= self._fair_time
         try:
@@ -2494,31 +2485,31 @@ class Vpic:
                     raise self._status_error(response.status, response.headers.get("Retry-After"))
                 return {asked[vin]: decoded for vin, decoded in parse(await self._body(response), asked).items()}
         except TimeoutError:
-            raise VpicUnavailable(TOO_LATE if fair else HURRIED, "no answer") from None
+            raise VpicUnavailable(TOO_LATE if fair else TOO_LITTLE_TIME, "no answer") from None
         except aiohttp.ClientError as error:
             is_reached = not isinstance(error.__cause__, aiohttp.ClientConnectorError)
             raise VpicUnavailable(
-                BROKEN_OFF if is_reached else UNREACHABLE, str(error) or type(error).__name__
+                INTERRUPTED if is_reached else UNREACHABLE, str(error) or type(error).__name__
             ) from None
         except ValueError as error:
             raise VpicUnavailable(UNUSABLE, f"unusable answer: {error}") from None
 
     def _request(self, questions: Sequence[Question]) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        # A redirect would leave the address that the operator chose; it is a failure like any other status.
+        # Redirects are failures, because they lead away from the URL that the operator has set.
         if len(questions) == 1:
             url = f"{self._url}/vehicles/DecodeVinValues/{vin_of(questions[0])}"
             query = {"format": "json"}
             if model_year := model_year_of(questions[0]):
                 query["modelyear"] = model_year
             return self._session.get(url, params=query, allow_redirects=False)
-        # With the format in the URL only, vPIC answers in XML.
+        # The format is in the form, because vPIC answers in XML if it is only in the URL.
         form = {"format": "json", "data": ";".join(questions)}
         return self._session.post(f"{self._url}/vehicles/DecodeVINValuesBatch/", data=form, allow_redirects=False)
 
     @staticmethod
     def _status_error(status: int, retry_after: str | None) -> VpicUnavailable:
         wait = retry_after_seconds(retry_after) if status in (429, 503) else None
-        refuses_all = status in (403, 429, 503)  # whatever it is asked
+        refuses_all = status in (403, 429, 503)  # vPIC refuses, whichever VIN is asked
         failure = Failure(
             503 if refuses_all else 502,
             f"vPIC refuses to answer (status {status}); ask again later.",
@@ -2530,7 +2521,7 @@ class Vpic:
 
     @staticmethod
     async def _body(response: aiohttp.ClientResponse) -> bytes:
-        """The body, unpacked piece by piece. Raises ValueError once it is larger than any honest answer."""
+        """The body. It is unpacked piece by piece. Raises ValueError once it has more than ANSWER_BYTES."""
         body = bytearray()
         async for chunk in response.content.iter_chunked(2**16):
             body += chunk
@@ -2540,7 +2531,7 @@ class Vpic:
 
 
 async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """After a torn connection aiohttp would send a GET again by itself, past our attempts, rate and breaker."""
+    """Keep aiohttp from repeating a GET when a connection breaks, because neither rate nor breaker would count that."""
     try:
         return await send(request)
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
@@ -2553,13 +2544,13 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
     if not settings.vpic_url:
         log.warning("VINCACHE_VPIC_URL is empty: VINs are decoded offline")
     url = urlsplit(settings.vpic_url)
-    stamina.instrumentation.set_on_retry_hooks([])  # a failed call has its line already
+    stamina.instrumentation.set_on_retry_hooks([])  # because `_logged_call` logs each failed call
     async with aiohttp.ClientSession(
         headers={"User-Agent": "vincache/1.0"},
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
         connector=aiohttp.TCPConnector(limit=settings.vpic_concurrency),
         cookie_jar=aiohttp.DummyCookieJar(),  # nothing is carried from one call to the next
-        # Egress proxies are common; of trust_env that is all: it would also send what stands in ~/.netrc.
+        # The proxy of the environment, but not by trust_env, because that also sends passwords from ~/.netrc.
         proxy=None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme),
         middlewares=[send_once],
     ) as session:
@@ -2567,13 +2558,13 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
 
 
 # ======================================================================================================================
-# Offline: vPIC's data of some months ago, inside the package ultravin. Less than vPIC's word, more than an error.
+# Offline: decoding with vPIC's data of some months ago, which the package ultravin contains.
 # ======================================================================================================================
 
 
-OFFLINE_DAYS = 183  # after which the data is so old that the log warns
+OFFLINE_DAYS = 183  # if the data is older, the log warns
 
-# vPIC's names of the ids that it gives beside three of its values.
+# By the key of a value in vPIC's answer, the key of the value's id.
 VPIC_IDS = {"Make": "MakeID", "Model": "ModelID", "Manufacturer": "ManufacturerId"}
 
 
@@ -2592,7 +2583,7 @@ def offline_month() -> str:
 
 
 async def log_offline_month() -> None:
-    """Say how old the offline data is. It runs beside the start, because the import takes 30 ms."""
+    """Log how old the offline data is. This runs beside the start, because the import takes 30 ms."""
     if month := await asyncio.to_thread(offline_month):
         age = datetime.now(UTC) - datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
         level = logging.WARNING if age.days > OFFLINE_DAYS else logging.INFO
@@ -2600,8 +2591,8 @@ async def log_offline_month() -> None:
 
 
 def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
-    """Decode without vPIC, some 0.1 ms a VIN. Left out is what can't be decoded, be it for a fault of ultravin's or
-    because it is not installed."""
+    """Decode without vPIC, in some 0.1 ms a VIN. The result lacks what ultravin fails to decode, and is empty if it is
+    not installed."""
     found: dict[Question, Words] = {}
     try:
         import ultravin
@@ -2617,7 +2608,7 @@ def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
             found[question] = translate(flat)
     except ImportError:
         pass
-    except Exception as error:  # noqa: BLE001 - a library's: it may be anything, and means "unknown offline"
+    except Exception as error:  # noqa: BLE001 - ultravin may raise anything, and lookups go on without it
         log.warning("offline decoding failed: %r", error)
     return found
 
@@ -3389,7 +3380,7 @@ def overdue(ticket: Ticket) -> VpicUnavailable:
 
 def bug_failure() -> VpicUnavailable:
     """The failure of a lookup that a bug, or the end of the service, leaves without an answer."""
-    return VpicUnavailable(BROKEN, retry_after=1)
+    return VpicUnavailable(SERVICE_FAULT, retry_after=1)
 
 
 def outcome_name(outcome: Outcome) -> str:

@@ -3611,7 +3611,7 @@ async def test_a_bug_in_a_call_ends_what_waits_for_it(
         with monkeypatch.context() as patched:
             patched.setattr(main, "parse", bug)
             status, body = await service.lookup(TRUCK)
-            assert (status, body["detail"]) == (503, main.BROKEN.detail)
+            assert (status, body["detail"]) == (503, main.SERVICE_FAULT.detail)
             assert [line["status"] for line in await service.batch([TRUCK, OTHER_TRUCK])] == [503, 503]
         assert len(logged(caplog, "lookup failed", logging.ERROR)) == 2
         assert (await service.lookup(TRUCK))[0] == 200
@@ -4416,9 +4416,9 @@ async def test_details_have_every_attribute_that_vpic_gave(
     first = await details_told(service, form, prefix)
     assert first["attributes"].items() >= OF_A_HONDA.items()
     assert "GVWR" in first["attributes"]
-    assert not {*main.VPIC_KEYS.values(), *main.DOUBT_KEYS.values()} & {*first["attributes"]}
+    assert not {*main.VPIC_KEYS.values(), *main.OPTIONAL_KEYS.values()} & {*first["attributes"]}
     said = {key for key, value in flat(HONDA).items() if value}
-    assert {*first["attributes"]} == said - {*main.VPIC_KEYS.values(), *main.DOUBT_KEYS.values()}
+    assert {*first["attributes"]} == said - {*main.VPIC_KEYS.values(), *main.OPTIONAL_KEYS.values()}
     again = await details_told(service, form, prefix)
     assert again == first | {"cached_result": True}
     assert [*again] == [*first]
