@@ -1336,10 +1336,11 @@ class Store(Protocol):
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, as all writes before have left them. Raises StoreFault."""
 
-    async def write(self, *statements: Statement) -> Rows:
+    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
         """Carry the statements out as one transaction; the rows that the last one returns. Raises StoreFault.
 
-        A caller that leaves breaks nothing off."""
+        With `settle`, it returns when no read can miss what was written, also after an election. A caller that leaves
+        breaks nothing off."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
         """The URI of a database with all that was written before, which may be read by another SQLite library, in
@@ -1676,8 +1677,8 @@ class FileStore:
                 if file is self._file or self._file is None:
                     raise StoreFault(reason(error)) from error
 
-    async def write(self, *statements: Statement) -> Rows:
-        """Carry the statements out as one transaction; the rows that the last one returns.
+    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
+        """Carry the statements out as one transaction; the rows that the last one returns. That settles it.
 
         Raises StoreFault if nothing was written, within `busy_timeout`, the wait for other transactions included. A
         caller that leaves breaks nothing off."""
@@ -1748,6 +1749,13 @@ class ClusterStore:
     answer, it goes round. So a statement may be carried out twice, or long after it was given up. That is safe for all
     our statements; only DELETE ... RETURNING would then wrongly say that no row was there.
 
+    Reads are `weak`: the leader answers them by itself. A leader that was just elected has what was written before in
+    its log, but may not have carried it out yet. An election takes some time, in which attempts fail, and `_watch`
+    makes one each second. So after a failed attempt reads are `strong`, until an answer has shown that the leader has
+    caught up: a strong read is an entry of the log, like a write, and its answer comes after all entries before it were
+    carried out. A removal is settled by a strong read behind it: a node without that entry is not elected, and a node
+    that has it was told by it to carry out the removal.
+
     | state  | what happens                                                | then                                   |
     |--------|-------------------------------------------------------------|----------------------------------------|
     | open   | a node does not answer within CLUSTER_ATTEMPT_S             | the next node is asked                 |
@@ -1764,6 +1772,10 @@ class ClusterStore:
         self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
         self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
+        # How many attempts have failed so far.
+        self._failures = 0
+        # Of these, how many had failed when the last attempt was begun that has shown that the leader has caught up.
+        self._failures_settled = -1
         self._writes = Tasks()
         self._resources = AsyncExitStack()
 
@@ -1810,13 +1822,15 @@ class ClusterStore:
         log.info("cache opened: rqlite, %s", self._hosts)
 
     async def _watch(self) -> None:
-        """While the cluster is closed, try each second to open it."""
+        """Each second, open the cluster if it is closed, else read something: so an election is noticed also while
+        nobody asks."""
         while True:
             await asyncio.sleep(1)
-            if not self._fault:
-                continue
             try:
-                await self._open(CLUSTER_ATTEMPT_S)
+                if self._fault:
+                    await self._open(CLUSTER_ATTEMPT_S)
+                else:
+                    await self.read(CLOCK, ())
             except StoreFault as fault:
                 self._fault = str(fault)
             except StartupError:
@@ -1828,16 +1842,18 @@ class ClusterStore:
         [rows], _ = await self._ask_if_open("query?level=weak", [[statement, *given]])
         return rows
 
-    async def write(self, *statements: Statement) -> Rows:
+    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
         """Carry the statements out as one transaction; the rows that the last one returns.
 
         Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
         breaks nothing off."""
-        return await self._writes.run(self._write(statements))
+        return await self._writes.run(self._write(statements, settle))
 
-    async def _write(self, statements: Sequence[Statement]) -> Rows:
+    async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
         given = [[statement, *parameters] for statement, parameters in statements]
         [*_, rows], again = await self._ask_if_open("execute?transaction", given)
+        if settle:
+            await self._ask_if_open("query?level=strong", [[CLOCK]])
         if again and not rows and "RETURNING" in statements[-1][0]:
             raise StoreFault("it may have been done before")
         return rows
@@ -1853,12 +1869,16 @@ class ClusterStore:
         attempt = seconds if seconds > CLUSTER_TIMEOUT_S else CLUSTER_ATTEMPT_S
         deadline, again, reasons = loop.time() + seconds, False, dict[str, None]()
         while True:
-            node = self._nodes[0]
+            node, failures = self._nodes[0], self._failures
+            sent = path.replace("weak", "strong") if failures > self._failures_settled else path
             try:
                 async with asyncio.timeout(min(attempt, deadline - loop.time())):
-                    results = await self._attempt(f"{node}/db/{path}&timeout={attempt}s", body)
+                    results = await self._attempt(f"{node}/db/{sent}&timeout={attempt}s", body)
+                if "weak" not in sent:
+                    self._failures_settled = max(self._failures_settled, failures)
                 break
             except (NoAnswer, TimeoutError) as fault:
+                self._failures += 1
                 again |= not isinstance(fault, NoAnswer) or fault.received
                 reasons[str(fault) or "no answer in time"] = None
             if not await self._has_time_for_next(node, deadline):
@@ -1902,7 +1922,8 @@ class ClusterStore:
     @asynccontextmanager
     async def open_copy(self) -> AsyncIterator[str]:
         """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
-        await self._ask_if_open("query?level=weak", [[OWNER]])  # so a node that hangs is passed by
+        # So a node that hangs is passed by, and the leader has carried out all that was written before.
+        await self._ask_if_open("query?level=strong", [[OWNER]])
         try:
             temporary = tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True)
         except OSError as error:
@@ -2001,9 +2022,9 @@ class Cache:
         self._reading.end()
         return rows
 
-    async def _write(self, *statements: Statement) -> Rows:
+    async def _write(self, *statements: Statement, settle: bool = False) -> Rows:
         try:
-            rows = await self._timed(self._store.write(*statements))
+            rows = await self._timed(self._store.write(*statements, settle=settle))
         except StoreFault as fault:
             self._writing.begin(str(fault))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
@@ -2074,7 +2095,7 @@ class Cache:
         Raises CacheUnavailable. Then nothing was removed from a file; from a cluster it may have been."""
         # One transaction, because a lookup that reads between the two would take the row for one of after the removal.
         now = await self._clock() or int(time.time())
-        return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,))))
+        return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,)), settle=True))
 
     async def removal(self, question: Question) -> int | None:
         """The last removal of the question's VIN, or None."""

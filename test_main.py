@@ -2501,6 +2501,35 @@ async def test_a_leader_that_is_lost_costs_no_answer(
     assert not logged(caplog, level=logging.ERROR)
 
 
+# A write that takes some hundredths of a second, each time that it is carried out.
+SLOW_WRITE = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200000)"
+SLOW_WRITE += " INSERT OR REPLACE INTO attributes SELECT 'slow', '', count(*) FROM n"
+
+
+async def test_a_leader_that_has_not_caught_up_is_not_believed(start: Start, vpic: PlayedVpic, gather: Gather) -> None:
+    """All nodes are killed and start again: while the leader still carries out its log, what was removed is no hit."""
+    cluster = await gather()
+    async with start(database=cluster.url()) as service:
+        assert await service.were_cached(trucks(20)) == [False] * 20
+        for node in range(3):
+            assert cluster.ask(node, "POST", "/snapshot", {})[0] == 200
+        for _ in range(60):
+            cluster.sql(SLOW_WRITE)
+        for vin in trucks(10):
+            assert await service.delete(f"/remove/{vin}") == (200, {"vin": vin, "cache_delete_success": True})
+        cluster.kill(0, 1, 2)
+        cluster.start(0, 1, 2)
+        vpic.fault = says(lambda vin: honest(vin, Model="NEW"))
+        removed = trucks(10)
+        async with asyncio.timeout(60):
+            while removed:
+                status, body = await service.lookup(removed[-1])
+                assert (status, body["model"]) == (200, "NEW")
+                removed = removed[:-1] if body["cached_result"] else removed[-1:] + removed[:-1]
+                await asyncio.sleep(0.01)
+        assert await service.were_cached(trucks(10, 900_010)) == [True] * 10
+
+
 async def test_a_lost_cluster_costs_warmth_alone(
     start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -2705,8 +2734,39 @@ async def test_what_a_node_gives_no_answer_to_is_sent_again(
         for there in (True, False):
             removed = await service.delete(f"/remove/{TRUCK}", headers={"X-API-Key": "k"})
             assert removed == (200, {"vin": TRUCK, "cache_delete_success": there})
-    assert {main.OWNER, main.ANSWERS[False], main.RECORDS, main.STORE, main.REMOVAL, ""} <= seen
+    assert {main.OWNER, main.ANSWERS[False], main.RECORDS, main.STORE, main.REMOVAL, main.CLOCK, ""} <= seen
     assert logged(caplog) == []
+
+
+async def test_reads_are_strong_until_the_leader_has_caught_up(start: Start, cluster: Cluster) -> None:
+    """At the start, and after an attempt that failed, also where nobody asks; and a removal ends with a strong read."""
+    levels: list[tuple[str, str]] = []
+    failing: set[str] = set()
+
+    async def before(request: web.Request, statement: str) -> web.StreamResponse | None:
+        if statement in failing:
+            failing.remove(statement)
+            return await refuses(503)(request, [])
+        levels.append((statement, request.query.get("level", "written")))
+        return None
+
+    async with node_behind(cluster, before, lets_pass) as url, start(database=url) as service:
+        assert levels[0] == (main.OWNER, "strong")
+        await service.lookup(TRUCK)
+        for level in ("weak", "strong", "weak"):
+            assert caching(await service.send(LOOKUPS[0], TRUCK))[1] == "HIT"
+            assert [told for statement, told in levels if statement == main.ANSWERS[False]][-1] == level
+            failing |= {main.ANSWERS[False]} if level == "weak" else set()
+        failing.clear()
+        await service.delete(f"/remove/{TRUCK}")
+        assert levels[levels.index((main.REMOVAL, "written")) + 1] == (main.CLOCK, "strong")
+        levels.clear()
+        await until(lambda: (main.CLOCK, "weak") in levels)
+        failing.add(main.CLOCK)
+        await until(lambda: (main.CLOCK, "strong") in levels)
+        failing.add(main.OWNER)
+        assert len(await read_export(service)) == 0
+        assert (main.OWNER, "strong") in levels
 
 
 async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Start, cluster: Cluster) -> None:
@@ -4493,7 +4553,7 @@ class MemoryStore:
             self.read_failed_at = self._simulation.world.time()
             raise
 
-    async def write(self, *statements: Any) -> main.Rows:
+    async def write(self, *statements: Any, settle: bool = False) -> main.Rows:
         if isinstance(statements[0], str):
             statements = (statements,)
         return await asyncio.shield(asyncio.create_task(self._carry_out(statements, writes=True)))
