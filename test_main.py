@@ -5506,7 +5506,8 @@ class Fair:
     def run(self) -> list[Source]:
         """The calls of the story. A call is begun in the moment in which it is decided."""
         chance = self.chance
-        with Simulation(chance, vpic_concurrency=self.places, breaker_failures=1000, vpic_timeout=1000) as simulation:
+        settings = {"vpic_concurrency": self.places, "breaker_failures": 1000, "vpic_timeout": 1000, "offline": False}
+        with Simulation(chance, **settings) as simulation:
             main.AHEAD = 1000  # a batch waits for all its VINs from the beginning
             simulation.store.weather, simulation.vpic.choking_by = "instant", "nonsense"
             expired = self.new("refreshes", chance.randrange(12))
