@@ -80,6 +80,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
+    ExitStack,
     asynccontextmanager,
     closing,
     contextmanager,
@@ -3848,16 +3849,22 @@ async def as_csv(
 
 
 # ======================================================================================================================
-# Export: the whole table as one Parquet file. It is built by a process of its own, so that no lookup waits for it: it
-# would hold Python's lock, and its SQLite driver brings a second SQLite, which must not share a process with ours. The
-# file lies where uploads do; slow readers may hold many, which together leave half of the disk's room to the database.
+# Export: the whole table as one Parquet file. A process of its own writes it, because it would hold Python's lock while
+# lookups wait, and because its SQLite driver brings a second SQLite, which must not share a process with ours. The file
+# lies where uploads do. All exports together leave half of the disk's room to the database.
 # ======================================================================================================================
 
-VERSION = "1.0.0"  # of this service; each export tells it
+VERSION = "1.0.0"  # of this service; each export has it in its footer
 
 EXPORT_TIMEOUT_S = 30  # from one batch of rows to the next, some tenths of a second later: a silent process hangs
-SNAPSHOT_FRESH = 60  # seconds for which those who read by pieces begin with the snapshot that is kept
-SNAPSHOT_KEPT = 300  # seconds; they may go on with it for so long, and it is kept until nobody has for so long
+SNAPSHOT_FRESH_S = 60  # the greatest age of a snapshot with which a client begins to read by pieces
+SNAPSHOT_KEPT_S = 300  # from the last request for a snapshot to its end
+SNAPSHOTS_KEPT = 8  # if there are more, the one that nobody has asked for for the longest time ends
+
+# A range from behind the first byte: the client has read the beginning before. Without an end it is of a download that
+# was broken off and is resumed (curl, wget); tools that read by pieces name the end.
+GOES_ON = re.compile(r"bytes *= *0*[1-9]", re.IGNORECASE)
+RESUMES = re.compile(r"bytes *= *0*[1-9]\d*-$", re.IGNORECASE)
 
 
 class LimitedFile(io.FileIO):
@@ -3951,138 +3958,163 @@ class ExportKind(NamedTuple):
 
 
 class Snapshot:
-    """A Parquet file, written once and read by many. `path` leads to it for as long as somebody has hold of this
-    object; it has no name where the system has another way to open it again."""
+    """An export: it is queued, then written once, then read by many clients."""
 
-    def __init__(self, folder: Path) -> None:
-        self.taken, self.age_began = time.time(), time.monotonic()
+    def __init__(self, kind: ExportKind) -> None:
+        self.kind = kind
         self.etag = f'"{secrets.token_hex(16)}"'
-        self.file, self.path = tempfile.mkstemp(".parquet", "vincache-", folder)
+        self.ready: asyncio.Task[None]  # it ends when the file is written, or raises ExportFailed
+        self.clients: set[str] = set()  # they go on in this snapshot
+        self.readers = 0  # responses that are being sent
+        self.used = 0.0  # when a request came for it, or the last response was sent, by the monotonic clock
+        self.began = math.inf  # when the writing began, by the monotonic clock
+        self.taken = 0.0  # the same in unix seconds; all that was stored before is in the file
+        self.path = ""  # it leads to the file for as long as this object is alive
+        self._resources = ExitStack()
+        self.close = weakref.finalize(self, self._resources.close)
+
+    def open(self, folder: Path) -> None:
+        """Make the file, without a name where the system has another way to open it again."""
+        self.began, self.taken = time.monotonic(), time.time()
+        file, self.path = tempfile.mkstemp(".parquet", "vincache-", folder)
         if os.path.exists("/proc/self/fd"):
             os.unlink(self.path)
             # By the number of this process, because the exporting process opens the file too.
-            self.path = f"{os.path.realpath('/proc/self/fd')}/{self.file}"
+            self.path = f"{os.path.realpath('/proc/self/fd')}/{file}"
         else:
-            weakref.finalize(self, os.unlink, self.path)
-        weakref.finalize(self, os.close, self.file)  # finalizers run in reverse order: close, then unlink
-
-    @property
-    def size(self) -> int:
-        return os.fstat(self.file).st_size
-
-    def is_older_than(self, seconds: float) -> bool:
-        return time.monotonic() > self.age_began + seconds
+            self._resources.callback(os.unlink, self.path)
+        self._resources.callback(os.close, file)  # the last callback runs first: close, then unlink
 
 
 class Exporter:
-    """Builds exports, one at a time; use as `async with`. The first one starts the process, which is kept.
+    """Builds snapshots, one at a time, and keeps them for clients that read them by pieces. Use it as `async with`.
 
-    Of each kind one snapshot is kept for a while, so that all who read it by pieces find the same file."""
+    A client goes on in the snapshot that it was given, whatever is stored and built meanwhile:
+
+    | request                              | snapshot                                                         |
+    |--------------------------------------|------------------------------------------------------------------|
+    | plain GET                            | a new one                                                        |
+    | If-Range or If-Match with an ETag    | the kept one with this ETag                                      |
+    | range that goes on                   | the kept one that the client was given last                      |
+    | HEAD, other range, If-None-Match     | the same, if it is fresh                                         |
+    | any of these three, if there is none | the one that was used last, by the same rules, be it of another  |
+    |                                      | client; else a new one                                           |
+    | but a range that resumes             | a new one, as a whole, because the client has a part of another  |
+
+    Most tools name no ETag. Therefore clients are known by address and User-Agent. A proxy may show one address for
+    many clients, or several for one: then the last row but one lets the tools read on."""
 
     def __init__(self, cache: Cache, folder: Path) -> None:
         self._cache = cache
         self._folder = folder  # for the files
-        self._alive = weakref.WeakSet[Snapshot]()
+        # The exporting process waits for an order, or carries one out. The first export starts it.
         self._process: asyncio.subprocess.Process | None = None
-        self._building = asyncio.Lock()
-        self._builds: set[asyncio.Task[Snapshot]] = set()
-        self._queued: dict[ExportKind, asyncio.Task[Snapshot]] = {}
-        self._kept: dict[ExportKind, asyncio.Task[Snapshot]] = {}
-        self._releases: dict[ExportKind, asyncio.TimerHandle] = {}
+        self._writing = asyncio.Lock()  # held while the process carries out an order
+        self._tasks = Tasks()
+        # Snapshots of which the writing has not begun: all requests for a new one of the kind share it.
+        self._queued: dict[ExportKind, Snapshot] = {}
+        # Snapshots that other requests may find, written or not. The last one was used last.
+        self._kept: list[Snapshot] = []
+        # All snapshots that have a file: also some that are no longer kept, but sent to a client.
+        self._files = weakref.WeakSet[Snapshot]()
 
     async def __aenter__(self) -> "Exporter":
+        self._tasks.start(self._give_back())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for release in self._releases.values():
-            release.cancel()
         self._kept.clear()
-        for build in self._builds:  # else the next would start the process anew
-            build.cancel()
-        await asyncio.gather(*self._builds, return_exceptions=True)
-        await self._stop()
+        await self._tasks.finish(cancel=True)
+        await self._stop_process()
 
-    async def new(self, kind: ExportKind) -> Snapshot:
-        """The table as a Parquet file, at least as new as this call. Raises ExportFailed.
+    async def _give_back(self) -> None:
+        """Once a second, let go of the snapshots that were not used for a while."""
+        while True:
+            await asyncio.sleep(1)
+            end = time.monotonic() - SNAPSHOT_KEPT_S
+            self._kept = [snapshot for snapshot in self._kept if snapshot.readers or snapshot.used > end]
 
-        Who comes while one is built shares the next: however many wait, only two of a kind are there at a time."""
-        build = self._queue(kind)
-        if self._find(kind, SNAPSHOT_FRESH) is None:
-            self._keep(kind, build)
-        return await asyncio.shield(build)
+    def find(self, kind: ExportKind, client: str, headers: Headers) -> Snapshot | None:
+        """The snapshot for a request that is no plain GET, or None if it needs a new one. Raises a 412 if its If-Match
+        names no snapshot that is kept."""
+        kept = [snapshot for snapshot in reversed(self._kept) if snapshot.kind == kind]
+        named = [tag.strip() for name in ("if-match", "if-range") for tag in headers.get(name, "").split(",")]
+        candidates = [snapshot for snapshot in kept if snapshot.etag in named]
+        if not candidates and headers.get("if-match", "*") != "*":
+            raise HTTPException(412, "The export that If-Match names is no longer kept; download it anew.")
+        asked_range = headers.get("range", "")
+        goes_on = GOES_ON.match(asked_range)
+        oldest = -math.inf if goes_on else time.monotonic() - SNAPSHOT_FRESH_S
+        usable = [snapshot for snapshot in kept if snapshot.began > oldest]
+        candidates += [snapshot for snapshot in usable if client in snapshot.clients]
+        if not RESUMES.match(asked_range):
+            candidates += usable
+        if not candidates:
+            return None
+        self._keep(candidates[0], None if goes_on else client)
+        return candidates[0]
 
-    async def kept(self, kind: ExportKind, seconds: float, count: Callable[[], Awaitable[None]]) -> Snapshot:
-        """The snapshot that is kept; if it is older than that, a new one, which counts. Raises ExportFailed."""
-        build = self._find(kind, seconds)
-        if build is None:
-            await count()
-            build = self._find(kind, seconds) or self._queue(kind)
-        self._keep(kind, build)
-        return await asyncio.shield(build)
-
-    def _queue(self, kind: ExportKind) -> asyncio.Task[Snapshot]:
+    def queue(self, kind: ExportKind, client: str) -> Snapshot:
+        """A snapshot that is at least as new as this call. The one that is written just now may lack what was stored
+        since. All calls meanwhile share the next one: however many clients wait, two of a kind are built."""
         if kind not in self._queued:
-            build = self._queued[kind] = asyncio.create_task(self._build_in_turn(kind))
-            self._builds.add(build)
-            build.add_done_callback(self._builds.discard)
-            build.add_done_callback(lambda task: task.cancelled() or task.exception())
+            snapshot = self._queued[kind] = Snapshot(kind)
+            snapshot.ready = self._tasks.start(self._build(snapshot))
+        self._keep(self._queued[kind], client)
         return self._queued[kind]
 
-    def _find(self, kind: ExportKind, seconds: float) -> asyncio.Task[Snapshot] | None:
-        """What is kept, or being built to be, unless it is older than that."""
-        build = self._kept.get(kind)
-        if build is None or not build.done():
-            return build
-        return None if build.exception() or build.result().is_older_than(seconds) else build
+    def _keep(self, snapshot: Snapshot, client: str | None) -> None:
+        """Keep the snapshot for a while. If a client begins with it, that client goes on in no other one of the kind.
+        A snapshot in which no client goes on is not kept."""
+        if client is not None:
+            for other in self._kept:
+                if other.kind == snapshot.kind:
+                    other.clients.discard(client)
+            snapshot.clients.add(client)
+        snapshot.used = time.monotonic()
+        others = [other for other in self._kept if other.clients and other is not snapshot]
+        self._kept = [*others, snapshot][-SNAPSHOTS_KEPT:]
 
-    def _keep(self, kind: ExportKind, build: asyncio.Task[Snapshot]) -> None:
-        """Keep it until nobody has asked for it for a while."""
-        self._kept[kind] = build
-        if kind in self._releases:
-            self._releases[kind].cancel()
-        self._releases[kind] = asyncio.get_running_loop().call_later(SNAPSHOT_KEPT, self._kept.pop, kind, None)
-
-    async def _build_in_turn(self, kind: ExportKind) -> Snapshot:
-        async with self._building:
-            del self._queued[kind]  # whoever comes from here on may have stored what this snapshot will lack
+    async def _build(self, snapshot: Snapshot) -> None:
+        async with self._writing:
+            del self._queued[snapshot.kind]
             try:
-                return await self._build(kind)
-            except (OSError, EOFError, NotImplementedError, StoreFault, sqlite3.DatabaseError) as error:
+                await self._write(snapshot)
+            except (OSError, EOFError, NotImplementedError, StoreFault) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
-                failure = ExportFailed("The export could not be built; ask again.")
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    said = f"The export cannot be kept ({reason(error)}); ask again later."
-                    failure = ExportFailed(said, retry_after=60)
-                if not isinstance(error, StoreFault | sqlite3.DatabaseError):
-                    await self._stop()  # of the process nothing more can be expected
+                self._kept = [other for other in self._kept if other is not snapshot]
+                snapshot.close()  # now: the frames of the error refer to the object, and gc runs rarely
+                if not isinstance(error, StoreFault):
+                    await self._stop_process()  # the next export starts another one
                 elif "malformed" in str(error) or "not a database" in str(error):
                     await self._cache.report_damage(str(error))
-            raise failure  # outside of the except: it would keep the error, whose frames keep the file open
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    said = f"The export cannot be kept ({reason(error)}); ask again later."
+                    raise ExportFailed(said, retry_after=60) from None
+                raise ExportFailed("The export could not be built; ask again.") from None
 
-    async def _build(self, kind: ExportKind) -> Snapshot:
-        """Have the exporting process write the file.
-
-        Raises what that process answers: OSError, or sqlite3.DatabaseError with what SQLite says. Raises OSError
-        (TimeoutError is one), EOFError or NotImplementedError if it does not answer, and StoreFault if there is nothing
-        to read."""
+    async def _write(self, snapshot: Snapshot) -> None:
+        """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
+        file can't be written, and OSError (TimeoutError is one), EOFError or NotImplementedError without an answer."""
         if self._process is None or self._process.returncode is not None:
             pipe = asyncio.subprocess.PIPE
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", EXPORT_PROGRAM, stdin=pipe, stdout=pipe, stderr=pipe
             )
-        snapshot = Snapshot(self._folder)  # now: all that was stored before will be in it
-        taken_up = sum(other.size for other in self._alive)
-        self._alive.add(snapshot)
+        taken_up = sum(os.stat(other.path).st_size for other in self._files if other.close.alive)
+        snapshot.open(self._folder)
+        self._files.add(snapshot)
+        details = snapshot.kind.details
         async with self._cache.open_copy() as database:
             order = {
                 "database": database,
-                "query": SNAPSHOT_WITH_DETAILS if kind.details else SNAPSHOT,
+                "query": SNAPSHOT_WITH_DETAILS if details else SNAPSHOT,
                 "path": snapshot.path,
                 # All exports together may take half of the room that there is without them.
                 "room": (shutil.disk_usage(self._folder).free - taken_up) // 2,
-                "compression": kind.compression,
+                "compression": snapshot.kind.compression,
                 # More rows take more memory, fewer take more time; with details, a row is six times as large.
-                "batch_rows": 8192 if kind.details else 65536,
+                "batch_rows": 8192 if details else 65536,
                 "footer": {
                     "vincache.version": VERSION,
                     "vincache.schema": str(SCHEMA_VERSION),
@@ -4093,29 +4125,28 @@ class Exporter:
         if code:
             raise OSError(code, sentence)
         if sentence:
-            raise sqlite3.DatabaseError(sentence)
-        return snapshot
+            raise StoreFault(sentence)
 
     @staticmethod
     async def _carry_out(process: asyncio.subprocess.Process, order: dict[str, Any]) -> tuple[int, str]:
         """The answer of the exporting process."""
         cast(asyncio.StreamWriter, process.stdin).write(f"{json.dumps(order)}\n".encode())
         line = b"\n"
-        while line == b"\n":  # it has written a batch
+        while line == b"\n":  # a batch was written
             async with asyncio.timeout(EXPORT_TIMEOUT_S):
                 line = await cast(asyncio.StreamReader, process.stdout).readuntil()
         code, sentence = json.loads(line)
         return code, sentence
 
-    async def _stop(self) -> None:
+    async def _stop_process(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            with suppress(TimeoutError):  # it hangs in the kernel, on a dead disk
+            with suppress(TimeoutError):  # the process hangs in the kernel, on a dead disk
                 async with asyncio.timeout(5):
                     with suppress(ProcessLookupError):
                         process.kill()
                     await process.wait()
-                    # The traceback that it died with, as one line of ours.
+                    # The traceback of a process that died, as one line of our log.
                     if said := await cast(asyncio.StreamReader, process.stderr).read():
                         log.warning("exporting process: %s", said.decode(errors="replace").rstrip())
 
@@ -4181,7 +4212,7 @@ class Access:
 def is_whole_download(scope: Scope) -> bool:
     """Whether an export is built for this request. HEAD, ranges and conditional requests read a kept one."""
     headers = Headers(scope=scope)
-    return scope["method"] == "GET" and "range" not in headers and "if-none-match" not in headers
+    return scope["method"] == "GET" and not any(name in headers for name in ("range", "if-none-match", "if-match"))
 
 
 def client_network(client: str) -> str:
@@ -4563,6 +4594,7 @@ FILE_SENT: Responses = {
     200: FILE | {"description": "The file"},
     206: FILE | {"description": "A part of it, as Range asks"},
     400: {"description": "Range is not a range"},
+    412: {"description": "It is not what If-Match names"},
     416: {"description": "The file does not have this range"},
 }
 
@@ -4606,7 +4638,7 @@ class SnapshotResponse(FileResponse):
     """A snapshot, or what the request wants of it."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot: Snapshot | None = snapshot
+        self._snapshot = snapshot
         super().__init__(
             snapshot.path,
             headers={
@@ -4616,14 +4648,17 @@ class SnapshotResponse(FileResponse):
             },
             media_type=PARQUET,
             filename=f"vincache-{datetime.fromtimestamp(snapshot.taken, UTC):%Y%m%dT%H%M%SZ}.parquet",
-            stat_result=os.fstat(snapshot.file),
+            stat_result=os.stat(snapshot.path),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._snapshot.readers += 1
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._snapshot = None  # a client that hangs up leaves us in a cycle, and the collector is in no hurry
+            self._snapshot.readers -= 1
+            self._snapshot.used = time.monotonic()
+            del self._snapshot  # now: after a disconnect this object is in a reference cycle, and gc runs rarely
 
 
 # Of a header like `respond-async, wait=10`; the value may be quoted.
@@ -4766,21 +4801,20 @@ async def remove_post(body: RemoveBody, request: Request) -> Removed:
 async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
     """Download the whole cache as one Parquet file: every row, expired and undecodable ones too.
 
-    A plain GET is a new snapshot; HEAD, Range and If-None-Match see one that is kept for a while. Also as
-    /export.parquet."""
+    A plain GET is a new snapshot. HEAD, Range and If-None-Match see one of the last minute, and a client that has begun
+    with a snapshot goes on in it. Also as /export.parquet."""
     exporter: Exporter = request.state.exporter
-
-    async def count() -> None:
-        await request.state.access.count(request.scope, "export", 1)
-
     kind = ExportKind(compression, details)
-    if plain := is_whole_download(request.scope):
-        await count()
-        snapshot = await exporter.new(kind)
-    else:
-        # Who reads from the middle has begun before.
-        goes_on = re.match("bytes=[1-9]", request.headers.get("range", ""))
-        snapshot = await exporter.kept(kind, SNAPSHOT_KEPT if goes_on else SNAPSHOT_FRESH, count)
+    address = client_network(request.client.host if request.client else "unknown")
+    client = f"{address} {request.headers.get('user-agent', '')[:64]}"
+    plain = is_whole_download(request.scope)
+    snapshot = None if plain else exporter.find(kind, client, request.headers)
+    if snapshot is None:
+        await request.state.access.count(request.scope, "export", 1)
+        snapshot = exporter.queue(kind, client)
+        if RESUMES.match(request.headers.get("range", "")):  # what the client has is a part of another file
+            request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
+    await asyncio.shield(snapshot.ready)
     response = SnapshotResponse(snapshot)
     if not plain and StaticFiles().is_not_modified(response.headers, request.headers):
         return NotModifiedResponse(response.headers)

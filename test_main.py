@@ -6190,7 +6190,7 @@ async def test_a_killed_exporting_process_costs_no_more_than_its_export(start: S
             if when == "waiting":  # it won't take the request, but not know either
                 os.kill(exporting(here)[0], signal.SIGSTOP)
             asking = asyncio.create_task(service.get("/export"))
-            await until(service.state["exporter"]._building.locked)
+            await until(service.state["exporter"]._writing.locked)
             await until(lambda: bool(exporting(here)))
             [pid] = exporting(here)
             if when == "building":
@@ -6253,6 +6253,9 @@ async def test_an_export_without_descriptors_is_a_sentence(launch: Launch) -> No
             assert (response.status, (await response.read())[:4]) == (200, b"PAR1")
 
 
+OTHER_CLIENT = {"User-Agent": "another"}  # of the same address
+
+
 async def pieces(service: Service, path: str, size: int) -> bytes:
     """The export read as tools do: first its size, then range after range, at once."""
     status, _, head = await service.ask("HEAD", path)
@@ -6267,28 +6270,123 @@ async def pieces(service: Service, path: str, size: int) -> bytes:
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 async def test_ranges_put_together_are_one_snapshot(start: Start, prefix: str) -> None:
-    """Whoever has begun to read by pieces reads the same file on, whatever is stored, removed or exported meanwhile."""
+    """A client that has begun to read by pieces goes on in the same file, whatever is stored, removed or exported by
+    others meanwhile."""
     async with start(vpic_url="") as service:
         fill(service.database, 1000, 50)
         status, nothing, head = await service.ask("HEAD", f"{prefix}/export")
         assert (status, nothing) == (200, b"")
         assert (await service.delete(f"/remove/{trucks(1, 0)[0]}"))[1]["cache_delete_success"]
-        status, new, headers = await service.ask("GET", f"{prefix}/export")
+        status, new, headers = await service.ask("GET", f"{prefix}/export", headers=OTHER_CLIENT)
         assert (status, headers["ETag"] == head["ETag"]) == (200, False)
         assert len(pd.read_parquet(io.BytesIO(new))) == 999
         whole = await pieces(service, f"{prefix}/export.parquet", 10_000)
         assert len(pd.read_parquet(io.BytesIO(whole))) == 1000
-        end = {"Range": "bytes=-8", "If-Range": head["ETag"]}
+        end = {"Range": "bytes=-8"}
         for if_range, expected in [
             (head["ETag"], (206, whole[-8:])),
             (head["Last-Modified"], (206, whole[-8:])),
-            (headers["ETag"], (200, whole)),
-            ("W/" + head["ETag"], (200, whole)),
+            (headers["ETag"], (206, new[-8:])),
+            ('"x"', (200, new)),
+            ("W/" + head["ETag"], (200, new)),
         ]:
             status, body, _ = await service.ask("GET", "/export", headers=end | {"If-Range": if_range})
             assert (status, body) == expected, if_range
-        status, _, headers = await service.ask("GET", "/export", headers={"Range": f"bytes={len(whole)}-"})
-        assert (status, headers["Content-Range"]) == (416, f"bytes */{len(whole)}")
+        status, _, headers = await service.ask("GET", "/export", headers={"Range": f"bytes={len(new)}-"})
+        assert (status, headers["Content-Range"]) == (416, f"bytes */{len(new)}")
+
+
+async def etags(service: Service, *requests: dict[str, str] | str) -> list[str]:
+    """A letter for each file that these requests see, one after the other. A request is a method, or the headers of a
+    GET; at "store", a row is stored."""
+    letters: dict[str, str] = {}
+    seen = []
+    for request in requests:
+        if request == "store":
+            service.expire(TRUCK)
+            await service.lookup(TRUCK)
+            continue
+        headers = {} if isinstance(request, str) else request
+        method = request if isinstance(request, str) else "GET"
+        status, _, got = await service.ask(method, "/export", headers=headers)
+        assert status == (206 if "Range" in headers else 200), request
+        seen.append(letters.setdefault(got["ETag"], "ABCDEF"[len(letters)]))
+    return seen
+
+
+async def test_a_client_goes_on_in_the_snapshot_that_it_was_given(service: Service) -> None:
+    """The file of a plain GET is the one of the ranges and of HEAD that follow, also while an older one is kept."""
+    middle, first, last = {"Range": "bytes=4-"}, {"Range": "bytes=0-3"}, {"Range": "bytes=-8"}
+    assert await etags(service, "HEAD", "store", "GET", middle) == ["A", "B", "B"]
+    # As ClickHouse's url() does it.
+    assert await etags(service, "store", "GET", first, middle, "HEAD", middle) == ["A"] * 5
+    assert await etags(service, "store", last, "store", "GET", "store", "GET", last, middle) == [*"ABCCC"]
+
+
+async def test_clients_that_read_at_the_same_time_have_each_its_own_snapshot(service: Service) -> None:
+    """One reads by pieces while another downloads anew, and both go on in what they were given."""
+    middle = {"Range": "bytes=4-"}
+    others = OTHER_CLIENT | middle
+    assert await etags(service, "HEAD", "store", OTHER_CLIENT, middle, others, "HEAD", middle) == [*"ABABAA"]
+    assert await etags(service, "GET", "store", OTHER_CLIENT, "GET", others, middle) == [*"ABCBC"]
+
+
+async def test_a_resumed_download_never_joins_pieces_of_two_files(service: Service, tmp_path: Path) -> None:
+    """curl goes on in the file that it has begun, or gets another one as a whole, or gives up."""
+    url, part = f"http://127.0.0.1:{service.port}/export", tmp_path / "part"
+
+    async def curl(*options: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec("curl", "-sS", *options, url, cwd=tmp_path, stdout=PIPE)
+        said, _ = await asyncio.wait_for(process.communicate(), 20)
+        return process.returncode or 0, said.decode()
+
+    _, etag = await curl("-r", "0-999", "-o", "part", "-w", "%header{etag}")
+    begun = part.read_bytes()
+    await service.lookup(TRUCK)
+    status, _, headers = await service.ask("GET", "/export")
+    assert (status, len(begun), headers["ETag"] == etag) == (200, 1000, False)
+    assert await curl("-C", "-", "-o", "part", "-w", "%{http_code}") == (0, "206")
+    assert pd.read_parquet(part).empty  # nothing was stored when it began
+    for agent, named, expected in [
+        ("another", etag, "206"),  # the file that it names
+        ("another", '"x"', "200"),  # a whole one
+        ("a third", "", "200"),  # the same, for it was given none
+        ("a third", "", "206"),  # and goes on in that one
+    ]:
+        options = ["-A", agent, *(["-H", f"If-Range: {named}"] if named else [])]
+        assert await curl("-r", "1000-", "-o", "rest", "-w", "%{http_code}", *options) == (0, expected), (agent, named)
+        if named == etag:
+            assert begun + (tmp_path / "rest").read_bytes() == part.read_bytes()
+        if expected == "200":
+            assert [*pd.read_parquet(tmp_path / "rest")["vin"]] == [TRUCK]
+    part.write_bytes(begun)
+    assert (await curl("-A", "a fourth", "-C", "-", "-o", "part"))[0] == 33  # curl: can't resume
+    assert part.read_bytes() == begun
+
+
+async def test_if_match_names_a_kept_snapshot_or_is_412(service: Service) -> None:
+    """Firefox resumes by it. What is refused costs nothing."""
+    _, whole, headers = await service.ask("GET", "/export")
+    other = (await service.ask("GET", "/export", headers=OTHER_CLIENT))[2]["ETag"]
+    for named, asked, expected in [
+        (headers["ETag"], {}, (200, headers["ETag"])),
+        (f'"x", {headers["ETag"]}', {"Range": "bytes=4-"} | OTHER_CLIENT, (206, headers["ETag"])),
+        ("*", {"Range": "bytes=4-"} | OTHER_CLIENT, (206, other)),
+    ]:
+        status, body, got = await service.ask("GET", "/export", headers={"If-Match": named} | asked)
+        assert (status, got["ETag"]) == expected
+        assert body in (whole, whole[4:]) or expected[1] == other
+    for method in ("GET", "HEAD"):
+        for named in ('"x"', f"W/{headers['ETag']}"):
+            for _ in range(10):
+                assert (await service.ask(method, "/export", headers={"If-Match": named}))[0] == 412
+
+
+async def test_tools_read_on_behind_a_proxy_with_several_addresses(service: Service) -> None:
+    """A piece with an end that comes from a client which was given nothing is one of the file that was used last."""
+    piece = {"Range": "bytes=4-7"}
+    assert await etags(service, "HEAD", OTHER_CLIENT | piece, "store", piece) == ["A"] * 3
+    assert await etags(service, "HEAD", "store", OTHER_CLIENT, {"User-Agent": "a third"} | piece) == [*"ABB"]
 
 
 async def test_a_reader_is_told_that_it_has_the_file(service: Service) -> None:
@@ -6304,37 +6402,39 @@ async def test_a_reader_is_told_that_it_has_the_file(service: Service) -> None:
 
 
 async def test_a_new_reader_gets_a_new_snapshot_and_the_others_read_on(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the snapshot is no longer fresh, whoever begins gets a new one; whoever has begun goes on with the last."""
-    monkeypatch.setattr(main, "SNAPSHOT_FRESH", 0)
-
-    async def etag(method: str, **headers: str) -> str:
-        return (await service.ask(method, "/export", headers=headers))[2]["ETag"]
-
-    last = await etag("HEAD")
-    for begins in [("HEAD", {}), ("GET", {"Range": "bytes=-8"}), ("GET", {"Range": "bytes=0-"})]:
-        before, last = last, await etag(begins[0], **begins[1])
-        assert last != before
-        assert await etag("GET", Range="bytes=4-") == last
-    monkeypatch.setattr(main, "SNAPSHOT_KEPT", 0)
-    assert await etag("GET", Range="bytes=4-") != last
+    """When the snapshot is no longer fresh, a client that begins gets a new one; one that has begun goes on in its
+    own."""
+    monkeypatch.setattr(main, "SNAPSHOT_FRESH_S", 0)
+    middle, other_begins = {"Range": "bytes=4-"}, OTHER_CLIENT | {"Range": "bytes=0-3"}
+    async with start(export_limit="") as service:
+        for begins in ("HEAD", {"Range": "bytes=-8"}, {"Range": "bytes=0-"}, {"Range": "bytes=0-3,8-9"}):
+            requests = [other_begins, begins, middle, begins, middle, OTHER_CLIENT | middle]
+            assert await etags(service, *requests) == [*"ABBCCA"]
 
 
 @NEEDS_PROC
 async def test_a_snapshot_that_nobody_reads_is_given_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each kind one is kept, however many are built, and none in the end."""
+    """Of each kind a client has one, however many it downloads; all clients together have eight, and none in the end,
+    but for those that are being sent."""
     forget_others()
     kinds = [f"/export?compression={name}&details={details}" for name in ("zstd", "snappy") for details in (0, 1)]
     async with start(export_limit="") as service:
+        fill(service.database, 20_000, 500)  # more than the sockets take
         for kind in kinds * 2:
             assert (await service.ask("HEAD", kind))[0] == 200
             assert (await service.get(kind))[0] == 200
         await until(lambda: exports_held() == 4)
-        monkeypatch.setattr(main, "SNAPSHOT_KEPT", 0.1)
-        for kind in kinds[1:]:
-            assert (await service.ask("HEAD", kind))[0] == 200
-        await until(lambda: exports_held() == 1)
+        for number in range(9):
+            assert (await service.ask("GET", "/export", headers={"User-Agent": str(number)}))[0] == 200
+        await until(lambda: exports_held() == main.SNAPSHOTS_KEPT)
+        async with slow_reader(service.port):
+            monkeypatch.setattr(main, "SNAPSHOT_KEPT_S", 0.1)
+            await until(lambda: exports_held() == 1)
+            await asyncio.sleep(1.2)  # with the others it would have been given back
+            assert len(service.state["exporter"]._kept) == 1
+        await until(lambda: exports_held() == 0)
         assert (await service.ask("HEAD", kinds[1]))[0] == 200
 
 
@@ -6358,8 +6458,8 @@ async def test_exports_together_take_half_of_the_room_on_the_disk(
         for told in (False, True):
             assert await service.were_cached(trucks(20)) == [told] * 20
         assert (await service.get("/readyz"))[0] == 200
-        assert (await service.get("/export?compression=none"))[0] == 503
-        monkeypatch.setattr(main, "SNAPSHOT_KEPT", 0.1)
+        assert (await service.get("/export?compression=none", headers=OTHER_CLIENT))[0] == 503
+        monkeypatch.setattr(main, "SNAPSHOT_KEPT_S", 0.1)
         assert (await service.ask("HEAD", "/export?compression=none"))[0] == 200
         await until(lambda: exports_held() == 0)
         assert (await service.get("/export?compression=none&details=true"))[0] == 200
@@ -6473,6 +6573,23 @@ async def test_tools_open_the_export_by_its_address(
     assert (await ask(f"{process.url}/healthz"))[0] == 200
 
 
+async def test_duckdb_reads_on_while_others_download(launch: Launch, tmp_path: Path) -> None:
+    """Each download is a new file, and none of them comes between the pieces of a query."""
+    fill(tmp_path / "cache.db", 100_000, 10)
+    process = await launch(vpic_url="", export_limit="").started()
+
+    async def download() -> None:
+        async with aiohttp.ClientSession(process.url) as client:
+            while True:
+                async with client.get("/export?compression=none") as response:
+                    assert (response.status, (await response.read())[:4]) == (200, b"PAR1")
+
+    async with main.background(download()):
+        for _ in range(5):
+            found = await asyncio.to_thread(by_duckdb, f"{process.url}/export.parquet?compression=none")
+            assert found == {"PETERBILT": 100_000}
+
+
 async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path) -> None:
     """The export is refused with a sentence, the damaged file moved aside; the next export is of the fresh one."""
     fill(tmp_path / "cache.db", 10_000, 200)
@@ -6484,9 +6601,11 @@ async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path)
     ):
         overwrite(NOISE, 2**18)(tmp_path / "cache.db")
         with pytest.raises(main.ExportFailed, match="ask again"):
-            await exporter.new(kind)
+            await exporter.queue(kind, "").ready
         assert len(list(tmp_path.glob("cache.db.damaged-*Z"))) == 1
-        assert pd.read_parquet((await exporter.new(kind)).path).empty
+        snapshot = exporter.queue(kind, "")
+        await snapshot.ready
+        assert pd.read_parquet(snapshot.path).empty
 
 
 # ======================================================================================================================
