@@ -415,19 +415,26 @@ Vin = Annotated[
         }
     ),
 ]
-ModelYear = Annotated[
-    str,
-    BeforeValidator(normalize_model_year),
-    WithJsonSchema(
+
+
+def describe_model_year(**kinds: dict[str, Any]) -> WithJsonSchema:
+    """The schema of a model year, with the limits of each kind of JSON value. It is no enumeration of years, because a
+    client that is generated from one would age."""
+    return WithJsonSchema(
         {
-            "anyOf": [
-                {"type": "string", "enum": ["", *map(str, range(1980, last_model_year() + 1))]},
-                {"type": "integer", "minimum": 1980, "maximum": last_model_year()},
-            ],
+            "anyOf": [{"type": kind} | limits for kind, limits in kinds.items()],
             "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years",
             "examples": ["1994"],
         }
-    ),
+    )
+
+
+last = last_model_year()
+years = f"^(19[89][0-9]|20[0-{last // 10 % 10 - 1}][0-9]|20{last // 10 % 10}[0-{last % 10}])?$"
+ModelYear = Annotated[
+    str,
+    BeforeValidator(normalize_model_year),
+    describe_model_year(string={"pattern": years}, integer={"minimum": 1980, "maximum": last}),
 ]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
@@ -463,10 +470,17 @@ def refuse_unknown(given: Collection[str], known: Collection[str], what: str) ->
         raise PydanticCustomError("unknown", "Unknown {what}: {named}", {"what": what, "named": named + more})
 
 
+def describe_body(schema: dict[str, Any]) -> None:
+    """Other keys are refused. No default is given, because openapi-typescript would require a key that has one."""
+    schema["additionalProperties"] = False
+    for key in schema["properties"].values():
+        key.pop("default", None)
+
+
 class Body(BaseModel):
     """A JSON body; keys that it does not know are refused."""
 
-    model_config = ConfigDict(json_schema_extra={"additionalProperties": False})
+    model_config = ConfigDict(json_schema_extra=describe_body)
 
     @model_validator(mode="before")
     @classmethod
@@ -499,7 +513,7 @@ class BatchItem(Body):
     """A line of a batch: a bad VIN in it spoils only its own."""
 
     vin: str
-    model_year: str | StrictInt | StrictFloat = ""
+    model_year: Annotated[str | StrictInt | StrictFloat, describe_model_year(string={}, number={})] = ""
 
 
 # Told apart by what it is, so that what is wrong with an object is told of it, not that it is no string.
@@ -4189,6 +4203,7 @@ app = FastAPI(
     exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
     openapi_url=None,  # both have a route of their own below
     docs_url=None,
+    generate_unique_id_function=lambda route: route.name,  # the operation's id, of which clients make a function's name
     redirect_slashes=False,  # `answer_without_route` redirects, to relative addresses
 )
 app.router.route_class = TaggedRoute
@@ -4232,6 +4247,9 @@ def errors(*statuses: int) -> Responses:
     return {status: ERRORS[status] for status in statuses}
 
 
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
 def texts(**examples: str) -> dict[str, Any]:
     """What the schema says of bodies that are text, by their form."""
     types = {"csv": CSV, "jsonl": JSONL, "text": TEXT}
@@ -4240,8 +4258,11 @@ def texts(**examples: str) -> dict[str, Any]:
 
 def taken(example: Any, **files: str) -> dict[str, Any]:
     """What the schema says of a body: an example of its JSON, with which /docs fills the field, and of a file."""
-    content = {"application/json": {"example": example}} | texts(**files)
-    return {"requestBody": {"content": content} | ({"required": False} if files else {})}  # a file may be empty
+    content = {JSON: {"example": example}}
+    if not files:
+        return {"requestBody": {"content": content}}
+    content |= {"application/octet-stream": BINARY} | texts(**files)  # for the former /docs has a file chooser
+    return {"requestBody": {"content": content, "required": False}}  # a file may be empty
 
 
 # JSON is the first, because /docs and generated clients ask for the first.
@@ -4260,7 +4281,7 @@ LINES_SENT: Responses = {
         " X-Total-Count is the number of lines",
     }
 }
-FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
+FILE: dict[str, Any] = {"content": {PARQUET: BINARY}}
 FILE_SENT: Responses = {
     200: FILE | {"description": "The file"},
     206: FILE | {"description": "A part of it, as Range asks"},
@@ -4324,7 +4345,7 @@ Details = Annotated[bool, Query(description="With all that vPIC says, as `attrib
 LOOKUP_ROUTE: dict[str, Any] = {"tags": ["lookup"], "summary": "Decode a VIN", "response_model": Vehicle}
 
 
-@app.get("/lookup/{vin}", responses=LOOKUP_ERRORS | NO_PATH | UNCHANGED, **LOOKUP_ROUTE)
+@app.get("/lookup/{vin}", operation_id="lookup_by_path", responses=LOOKUP_ERRORS | NO_PATH | UNCHANGED, **LOOKUP_ROUTE)
 @app.get("/lookup", responses=LOOKUP_ERRORS | UNCHANGED, **LOOKUP_ROUTE)
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
@@ -4334,7 +4355,7 @@ async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details
 @app.post(
     "/lookup", responses=LOOKUP_ERRORS | errors(400, 413, 415), openapi_extra=taken({"vin": EXAMPLE}), **LOOKUP_ROUTE
 )
-async def lookup_posted(body: LookupBody, request: Request) -> Response:
+async def lookup_post(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return await look_up(request, body.question, body.details)
 
@@ -4427,7 +4448,7 @@ async def lookup_batch(body: BatchBody, request: Request, details: Details = Fal
 REMOVE_ROUTE: dict[str, Any] = {"tags": ["cache"], "summary": "Forget a VIN"}
 
 
-@app.delete("/remove/{vin}", responses=errors(404, 422, 503), **REMOVE_ROUTE)
+@app.delete("/remove/{vin}", operation_id="remove_by_path", responses=errors(404, 422, 503), **REMOVE_ROUTE)
 @app.delete("/remove", responses=errors(422, 503), **REMOVE_ROUTE)
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
@@ -4435,7 +4456,7 @@ async def remove(vin: Vin, request: Request) -> Removed:
 
 
 @app.post("/remove", responses=errors(400, 413, 415, 422, 503), **REMOVE_ROUTE)
-async def remove_posted(body: RemoveBody, request: Request) -> Removed:
+async def remove_post(body: RemoveBody, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return await remove(body.vin, request)
 
@@ -4549,7 +4570,7 @@ async def openapi(request: Request) -> JSONResponse:
 @app.get("/docs", tags=["docs"], include_in_schema=False)
 async def docs() -> HTMLResponse:
     """The schema as a page, for people. All addresses in it are relative, and none is of another host."""
-    return get_swagger_ui_html(
+    page = get_swagger_ui_html(
         openapi_url="openapi.json",
         title=app.title,
         swagger_js_url="docs/swagger-ui-bundle.js",
@@ -4562,6 +4583,10 @@ async def docs() -> HTMLResponse:
             "tryItOutEnabled": True,
         },
     )
+    # Where application/json is one of the forms of an answer, Swagger UI shows it as chosen but sends */*.
+    json_for_any = "if (request.headers.accept === '*/*') request.headers.accept = 'application/json'"
+    option = f"requestInterceptor: (request) => {{ {json_for_any}; return request }},"
+    return HTMLResponse(bytes(page.body).replace(b"SwaggerUIBundle({", b"SwaggerUIBundle({" + option.encode()))
 
 
 PAGES = StaticFiles(packages=[("fastapi_swagger", "resources")])

@@ -4168,7 +4168,7 @@ def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
     some = hypothesis.strategies
     years = some.integers(1900, 2100)
     text, number = main.Asked.model_json_schema()["properties"]["model_year"]["anyOf"]
-    known = {*text["enum"]}
+    known = {year for year in ("", *(f"{year:04}" for year in range(10_000))) if re.search(text["pattern"], year)}
     assert known - {""} == {str(year) for year in range(number["minimum"], number["maximum"] + 1)}
     for year in known - {""}:
         for given in (year, int(year), float(year), f" {year}\n"):
@@ -7263,6 +7263,74 @@ async def test_schema_says_what_is_so(start: Start, settings: dict[str, Any], lo
         assert schema["components"]["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] == 10_000
 
 
+OPERATIONS = {
+    "GET /lookup": "lookup",
+    "GET /lookup/{vin}": "lookup_by_path",
+    "POST /lookup": "lookup_post",
+    "POST /lookup/batch": "lookup_batch",
+    "DELETE /remove": "remove",
+    "DELETE /remove/{vin}": "remove_by_path",
+    "POST /remove": "remove_post",
+    "GET /export": "export",
+    "GET /healthz": "healthz",
+    "GET /readyz": "readyz",
+}
+
+
+def walk(node: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value in a schema."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield key, value
+        yield from walk(value)
+
+
+async def test_schema_suits_generators(service: Service) -> None:
+    """What openapi-typescript, openapi-python-client and openapi-generator stumbled over: long names, bodies with
+    defaults, which make a key a required one, enumerations that age, unlike types of one thing, and uploads as text."""
+    schema = (await service.get("/openapi.json"))[1]
+    operations = {f"{method.upper()} {path}": it for path, its in schema["paths"].items() for method, it in its.items()}
+    assert {name: it["operationId"] for name, it in operations.items()} == OPERATIONS
+
+    years = [value for key, value in walk(schema) if key == "enum" and any(str(it).isdecimal() for it in value)]
+    assert years == []
+    bodies = [it for name, it in schema["components"]["schemas"].items() if name.endswith(("Body", "Item"))]
+    assert len(bodies) == 4
+    assert [value for key, value in walk(bodies) if key == "default"] == []
+
+    given = [body["properties"]["model_year"] for body in bodies if "model_year" in body["properties"]]
+    given += [
+        it["schema"] for key, it in walk(schema["paths"]) if isinstance(it, dict) and it.get("name") == "model_year"
+    ]
+    assert {tuple(kind["type"] for kind in it["anyOf"]) for it in given} == {
+        ("string", "integer"),
+        ("string", "number"),
+    }
+    for answer in ("Vehicle", "Undecodable", "BatchLine"):
+        assert schema["components"]["schemas"][answer]["properties"]["model_year"]["type"] == "string"
+
+    batch = operations["POST /lookup/batch"]
+    sent, told = batch["requestBody"]["content"], batch["responses"]["200"]["content"]
+    assert sent["application/octet-stream"] == {"schema": {"type": "string", "format": "binary"}}
+    assert [next(iter(content)) for content in (sent, told)] == [JSON, JSON]
+    assert told[JSON]["schema"]["items"] == {"$ref": "#/components/schemas/BatchLine"}
+
+
+@pytest.mark.parametrize("year", ["1979", "1980", "1999", "2009", "2010", "2019", "2020", "next", "beyond", "", "198"])
+async def test_schema_and_service_agree_on_model_years(service: Service, year: str) -> None:
+    """As text and as a number."""
+    now = datetime.now(UTC).year
+    year = {"next": f"{now + 2}", "beyond": f"{now + 3}"}.get(year, year)
+    [text, number] = (await service.get("/openapi.json"))[1]["components"]["schemas"]["LookupBody"]["properties"][
+        "model_year"
+    ]["anyOf"]
+    status, _, _ = await service.ask("GET", f"/lookup?vin={FIRE_ENGINE}&model_year={year}")
+    assert (status == 422) == (re.search(text["pattern"], year) is None)
+    if year:
+        assert (status == 422) == (not number["minimum"] <= int(year) <= number["maximum"])
+        body = {"vin": FIRE_ENGINE, "model_year": int(year)}
+        assert (await service.post("/lookup", body))[0] == status
+
+
 # Checks that can't apply.
 FUZZER = """
 [[operations]]
@@ -7327,6 +7395,10 @@ class Page:
             Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(input, text)
             input.dispatchEvent(new Event('input', {bubbles: true}))
         }
+        window.select = (menu, option) => {
+            menu.value = option
+            menu.dispatchEvent(new Event('change', {bubbles: true}))
+        }
     """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
@@ -7370,6 +7442,11 @@ class Page:
         await asyncio.sleep(1)  # at a person's pace: its fields are filled some time later, and nothing tells when
         return block
 
+    async def choose(self, selector: str, file: Path) -> None:
+        """Choose a file in a file chooser."""
+        found = await self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        await self.call("DOM.setFileInputFiles", files=[str(file)], objectId=found["result"]["objectId"])
+
     async def execute(self, block: str, told: str) -> None:
         """Press Execute, and again if the page was not ready for it, until the live response has this text."""
         live = f"{block}.querySelector('.live-responses-table .response')?.innerText.includes({json.dumps(told)})"
@@ -7410,7 +7487,7 @@ async def browsing(profile: Path) -> AsyncIterator[Page]:
 
 
 async def test_docs_in_a_browser_without_internet(start: Start, tmp_path: Path) -> None:
-    """People look up a VIN, see why another is none, send a batch and export; nothing is asked of another host."""
+    """People look up a VIN, see why another is none, send a batch and a file, and export; no other host is asked."""
     async with start(export_limit="") as service, browsing(tmp_path / "profile") as page:
         await page.open(f"http://127.0.0.1:{service.port}/docs")
         told = await page.run("[...document.querySelectorAll('.opblock')].map(block => block.innerText).join(' ')")
@@ -7424,7 +7501,14 @@ async def test_docs_in_a_browser_without_internet(start: Start, tmp_path: Path) 
         await page.execute(block, '"make": "PETERBILT"')
         await page.run(f"type({block}.querySelector('input[type=text]'), 'short')")
         await page.execute(block, '"msg": "5 characters, not 17"')
-        await page.execute(await page.unfold("post", "/lookup/batch"), '"make": "PETERBILT"')
+        block = await page.unfold("post", "/lookup/batch")
+        await page.execute(block, '"make": "PETERBILT"')
+        (tmp_path / "fleet.csv").write_text(f"unit,VIN\n0815,{TRUCK}\n")
+        await page.run(f"select({block}.querySelector('.body-param-content-type select'), 'application/octet-stream')")
+        await page.until(f"{block}.querySelector('input[type=file]')")
+        await page.choose(".opblock-post input[type=file]", tmp_path / "fleet.csv")
+        await page.run(f"select({block}.querySelector('.responses-inner select'), 'text/csv')")
+        await page.execute(block, f"0815,{TRUCK},200,{TRUCK},PETERBILT")
         await page.execute(await page.unfold("get", "/export"), "Download file")
         assert len(page.requested) > 5
         assert {yarl.URL(url).host for url in page.requested if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
