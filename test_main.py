@@ -20,6 +20,7 @@ import random
 import re
 import resource
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -6200,7 +6201,14 @@ async def statuses(port: int, requests: Sequence[bytes]) -> list[int]:
 
 # -- The key -----------------------------------------------------------------------------------------------------------
 
-NO_KEY = {"detail": "This needs a valid key in the header X-API-Key."}
+NO_KEY = {
+    "detail": "This needs a valid key: in X-API-Key, as a Bearer token, or as the password of Basic authorization."
+}
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
 
 GUARDED = [*REMOVALS, ("GET", "/export", ""), ("GET", "/export.parquet", "")]
 WRONG_KEYS = ["", "wrong", "old,new", "ol", "oldnew", "ÖLD", "old\u00a0", "OLD"]
@@ -6214,7 +6222,8 @@ async def test_remove_and_export_want_a_key(start: Start, form: Form) -> None:
         for prefix in PREFIXES:
             for headers in [{}, *({"X-API-Key": key} for key in WRONG_KEYS), {"Authorization": "old"}]:
                 status, body, got = await service.send(form, TRUCK, prefix, headers=headers)
-                assert (status, body, got["WWW-Authenticate"]) == (401, NO_KEY, "APIKey")
+                assert (status, body) == (401, NO_KEY)
+                assert got["WWW-Authenticate"] == 'Basic realm="vincache", charset="UTF-8"'
         assert len(service.rows()) == 1
         for key in ("old", "new"):
             for prefix in PREFIXES:
@@ -6229,7 +6238,78 @@ async def test_key_of_any_bytes(start: Start) -> None:
         for key in ("schlüssel".encode("latin-1"), b"\xff\xfe\x80", b"schl\xc3"):
             status, head, body = await shout(service.port, request % key)
             assert (status, json.loads(body)) == (401, NO_KEY)
-            assert b"www-authenticate: APIKey" in head
+            assert b"www-authenticate: Basic" in head
+
+
+RIGHT_KEYS = {
+    "our header": [("X-API-Key", "k:é")],
+    "bearer": [("Authorization", "Bearer k:é")],
+    "bearer in small letters": [("authorization", "bearer  k:é ")],
+    "a password": [("Authorization", basic("any", "k:é"))],
+    "a password without a user": [("Authorization", basic("", "k:é").replace("Basic", "BASIC"))],
+    "beside a proxy's password": [("X-API-Key", "k:é"), ("Authorization", basic("proxy", "secret"))],
+    "beside a wrong one": [("X-API-Key", "wrong"), ("Authorization", "Bearer k:é")],
+    "the second of two": [("X-API-Key", "wrong"), ("X-API-Key", "k:é")],
+}
+BAD_KEYS = {
+    "bearer": [("Authorization", "Bearer wrong")],
+    "no scheme": [("Authorization", "k:é")],
+    "another scheme": [("Authorization", "Digest k:é")],
+    "bearer without a key": [("Authorization", "Bearer")],
+    "a password": [("Authorization", basic("any", "wrong"))],
+    "the key as the user": [("Authorization", basic("k", "é"))],
+    "a part of the password": [("Authorization", basic("any", "k"))],
+    "no password": [("Authorization", "Basic " + base64.b64encode(b"k").decode())],
+    "no base64": [("Authorization", "Basic k:é")],
+    "base64 cut off": [("Authorization", basic("any", "k:é")[:-1])],
+    "two wrong ones": [("X-API-Key", "é"), ("Authorization", basic("any", ""))],
+}
+
+
+@pytest.mark.parametrize("route", ["GET /export", f"DELETE /remove?vin={TRUCK}"])
+async def test_a_key_comes_in_any_form(start: Start, route: str) -> None:
+    """In our header, as a bearer token or as a password: one valid key suffices, and wrong ones are 401 in any form."""
+    async with start(api_key="k:é,other", export_limit="") as service:
+
+        async def status(headers: list[tuple[str, str]]) -> tuple[int, bytes]:
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+            code, head, _ = await shout(service.port, f"{route} HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode())
+            return code, head.lower()
+
+        for name, headers in RIGHT_KEYS.items():
+            assert (await status(headers))[0] == 200, name
+        for name, headers in BAD_KEYS.items():
+            code, head = await status(headers)
+            assert (code, b"www-authenticate: basic realm=" in head) == (401, True), name
+
+
+async def test_a_page_is_not_asked_for_a_password(start: Start) -> None:
+    """A browser would open a dialog for Basic before the page sees the 401."""
+    async with start(api_key="k") as service:
+        for headers in ({"Origin": "https://fleet.example"}, {"Referer": f"http://127.0.0.1:{service.port}/docs"}):
+            status, _, got = await service.ask("GET", "/export", headers=headers)
+            assert (status, got["WWW-Authenticate"]) == (401, "Bearer")
+
+
+async def test_readmes_clients_bring_the_key(launch: Launch, tmp_path: Path) -> None:
+    """Each line of README, as it stands but for the address; and wget, which waits for the challenge."""
+    [recipes] = re.findall(r"```\n(curl -H 'X-API-Key: KEY'.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    fill(tmp_path / "cache.db", 1)
+    process = await launch(vpic_url="", api_key="KEY").started()
+    recipes += "wget -qO vincache.parquet https://any:KEY@host/export\n"
+    for recipe in recipes.replace("https://", "http://").replace("host/", f"127.0.0.1:{process.port}/").splitlines():
+        program, *options = shlex.split(recipe)
+        if program == "duckdb":
+            assert await asyncio.to_thread(by_duckdb, re.search("'(.+)'", recipe)[1]) == {"PETERBILT": 1}
+            continue
+        program = sys.executable if program == "python" else shutil.which(program)
+        if program is None:
+            continue
+        running = await asyncio.create_subprocess_exec(program, *options, cwd=tmp_path, stdout=PIPE, stderr=PIPE)
+        out, errors = await asyncio.wait_for(running.communicate(), 60)
+        assert running.returncode == 0, (recipe, errors)
+        assert b"1XPWD40X1ED" in (out or (tmp_path / "vincache.parquet").read_bytes()), recipe
+        (tmp_path / "vincache.parquet").unlink(missing_ok=True)
 
 
 async def test_private_service_wants_the_key_for_lookups_too(start: Start, vpic: PlayedVpic) -> None:
@@ -7063,7 +7143,7 @@ async def test_a_setting_lets_caches_keep_an_answer(
         monkeypatch.setattr(time, "time", lambda: now + 0.5)
         _, _, headers = await service.send(LOOKUPS[0], TRUCK, **client)
         assert (headers.get("Age"), headers["Cache-Control"]) == (None if "max_age" in settings else "100", kept)
-        assert headers.get("Vary") == ("X-API-Key" if "private" in settings else None)
+        assert headers.get("Vary") == ("X-API-Key, Authorization" if "private" in settings else None)
 
 
 async def test_what_waiting_helps_says_when(start: Start, vpic: PlayedVpic) -> None:
@@ -7088,7 +7168,10 @@ async def test_what_waiting_helps_says_when(start: Start, vpic: PlayedVpic) -> N
 async def test_pages_of_other_origins_may_ask_where_they_are_named(start: Start) -> None:
     """A browser's question beforehand needs no key; errors can be read, too; nobody else is let in."""
     ours, other = "https://fleet.example", "https://other.example"
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,x-api-key"}
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-api-key",
+    }
     async with start(cors_origins=f"{ours}, http://localhost:3000", api_key="k", private="true") as service:
         for origin in (ours, "http://localhost:3000"):
             status, _, headers = await service.ask("OPTIONS", "/lookup", headers={"Origin": origin, **asked})
@@ -7248,9 +7331,8 @@ async def test_schema_says_what_is_so(start: Start, settings: dict[str, Any], lo
     async with start(**settings) as service:
         schema = (await service.get("/openapi.json"))[1]
         schemes = schema["components"].get("securitySchemes", {})
-        assert [(it["type"], it["in"], it["name"]) for it in schemes.values()] == [
-            ("apiKey", "header", "X-API-Key")
-        ] * bool(locked)
+        kinds = [(it["type"], it.get("name") or it["scheme"]) for it in schemes.values()]
+        assert kinds == [("apiKey", "X-API-Key"), ("http", "bearer"), ("http", "basic")] * bool(locked)
         for path, item in schema["paths"].items():
             tag = path.split("/")[1]
             for operation in item.values():
@@ -7520,9 +7602,11 @@ async def test_docs_remember_the_key(launch: Launch, vpic: PlayedVpic, tmp_path:
     async def forward(request: web.Request) -> web.Response:
         path = str(request.rel_url).removeprefix("/decoder")
         status, body, headers = await service.ask(request.method, path, headers=request.headers)
+        challenges.append(headers.get("WWW-Authenticate"))
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         return web.Response(body=body, status=status, headers={"Content-Type": headers["Content-Type"]})
 
+    challenges: list[str | None] = []
     process = launch("--root-path", "/decoder", api_key="k")
     async with (
         process.serving(vpic) as service,
@@ -7541,3 +7625,4 @@ async def test_docs_remember_the_key(launch: Launch, vpic: PlayedVpic, tmp_path:
                 await page.until("document.querySelector('.btn.authorize.locked')")
                 await page.open(url + path)
             await page.execute(await page.unfold("delete", "/remove/{vin}"), '"cache_delete_success": false')
+    assert {*challenges} == {None, "Bearer"}  # for Basic, the browser would have opened a dialog
