@@ -40,6 +40,7 @@ Glossary:
 """
 
 import asyncio
+import base64
 import codecs
 import csv
 import errno
@@ -434,19 +435,27 @@ Vin = Annotated[
         }
     ),
 ]
-last, decade, year = last_model_year(), *divmod(last_model_year() % 100, 10)
-# No enumeration of the years, because a client that is generated from one would age.
-MODEL_YEAR = WithJsonSchema(
-    {
-        "anyOf": [
-            {"type": "string", "pattern": f"^(19[89][0-9]|20[0-{decade - 1}][0-9]|20{decade}[0-{year}])?$"},
-            {"type": "integer", "minimum": 1980, "maximum": last},
-        ],
-        "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years",
-        "examples": ["1994"],
-    }
-)
-ModelYear = Annotated[str, BeforeValidator(normalize_model_year), MODEL_YEAR]
+
+
+def describe_model_year(**kinds: dict[str, Any]) -> WithJsonSchema:
+    """The schema of a model year, with the limits of each kind of JSON value. It is no enumeration of years, because a
+    client that is generated from one would age."""
+    return WithJsonSchema(
+        {
+            "anyOf": [{"type": kind} | limits for kind, limits in kinds.items()],
+            "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years",
+            "examples": ["1994"],
+        }
+    )
+
+
+last = last_model_year()
+years = f"^(19[89][0-9]|20[0-{last // 10 % 10 - 1}][0-9]|20{last // 10 % 10}[0-{last % 10}])?$"
+ModelYear = Annotated[
+    str,
+    BeforeValidator(normalize_model_year),
+    describe_model_year(string={"pattern": years}, integer={"minimum": 1980, "maximum": last}),
+]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
 UNREGISTERED = "7 - Manufacturer is not registered with NHTSA for sale or importation in the U.S."
@@ -524,7 +533,7 @@ class BatchItem(Body):
     """A line of a batch: a bad VIN in it spoils only its own."""
 
     vin: str
-    model_year: Annotated[str | StrictInt | StrictFloat, MODEL_YEAR] = ""
+    model_year: Annotated[str | StrictInt | StrictFloat, describe_model_year(string={}, number={})] = ""
 
 
 # Told apart by what it is, so that what is wrong with an object is told of it, not that it is no string.
@@ -4162,7 +4171,12 @@ OPEN_TAGS: set[Tag] = {"health", "docs"}  # routes with any other tag need the k
 BODY_BYTES = 2**22  # of a POST: room for 100,000 VINs with white space
 
 KEY_HEADER = "X-API-Key"
-NO_KEY = f"This needs a valid key in the header {KEY_HEADER}."
+NO_KEY = f"This needs a valid key: in {KEY_HEADER}, as a Bearer token, or as the password of Basic authorization."
+KEY_SCHEMES = {
+    "APIKeyHeader": {"type": "apiKey", "in": "header", "name": KEY_HEADER, "description": "A key of the operator's"},
+    "Bearer": {"type": "http", "scheme": "bearer", "description": "The same key"},
+    "Basic": {"type": "http", "scheme": "basic", "description": "The same key as the password, with any user"},
+}
 
 
 class Access:
@@ -4186,15 +4200,16 @@ class Access:
 
     async def check(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a valid key where one is needed, then TooManyRequests beyond the client's limit."""
-        if tag not in self.open_tags:
-            given = Headers(scope=scope).get(KEY_HEADER, "").encode("latin-1")
-            # Compare with every key, each in constant time, so that the time taken says nothing about a key.
-            if not any([hmac.compare_digest(given, key) for key in self.keys]):
-                raise HTTPException(401, NO_KEY, {"WWW-Authenticate": "APIKey"})
+        if tag not in self.open_tags and not self._has_key(scope):
+            raise HTTPException(401, NO_KEY, {"WWW-Authenticate": choose_challenge(scope)})
         if tag != "export":
             await self.count(scope, tag, 1)
         elif is_whole_download(scope):
             await self.count(scope, tag, 1, counts=False)  # the route counts it when it builds the file
+
+    def _has_key(self, scope: Scope) -> bool:
+        """Whether a key of the request is valid. All are compared in constant time, so the time taken says nothing."""
+        return any([hmac.compare_digest(given, key) for given in find_keys(scope) for key in self.keys])
 
     async def count(self, scope: Scope, tag: Tag, cost: int, counts: bool = True) -> None:
         """Raises TooManyRequests if the client has less than this cost left; then nothing is counted."""
@@ -4207,6 +4222,26 @@ class Access:
         """Raises a 422 if the cost is above the whole limit: waiting, as a 429 asks for, would not help."""
         if (limit := self.limits.get(tag)) is not None and cost > limit.amount:
             raise invalid("too_long", ("body", "vins"), f"The limit is {limit}: {cost} at once never fit; send fewer")
+
+
+def find_keys(scope: Scope) -> Iterator[bytes]:
+    """All keys that the request has. One valid key suffices, because a proxy in front may add an Authorization."""
+    for name, value in scope["headers"]:
+        scheme, _, credentials = value.partition(b" ")
+        if name == KEY_HEADER.lower().encode():
+            yield value
+        elif name == b"authorization" and scheme.lower() == b"bearer":
+            yield credentials.strip()
+        elif name == b"authorization" and scheme.lower() == b"basic":
+            with suppress(ValueError):  # it is not base64
+                yield base64.b64decode(credentials).partition(b":")[2]
+
+
+def choose_challenge(scope: Scope) -> str:
+    """What a 401 asks for. Basic, because some clients send a password only then; but Bearer to the script of a page,
+    like /docs, because a browser would open a dialog for Basic. A script's request has one of these headers."""
+    headers = Headers(scope=scope)
+    return "Bearer" if "origin" in headers or "referer" in headers else 'Basic realm="vincache", charset="UTF-8"'
 
 
 def is_whole_download(scope: Scope) -> bool:
@@ -4434,7 +4469,7 @@ class Middleware:
 
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
-    "allow_headers": [KEY_HEADER, "If-None-Match", "Prefer", "Range"],
+    "allow_headers": [KEY_HEADER, "Authorization", "If-None-Match", "Prefer", "Range"],
     "expose_headers": [
         "Age, Content-Disposition, Content-Range, ETag, Preference-Applied, Retry-After, X-Cache, X-Total-Count"
     ],
@@ -4485,7 +4520,7 @@ def render_answer(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, 
     control = b"max-age=%d" % min(settings.max_age, fresh_until - now) if settings.max_age else b"no-cache"
     if settings.private:  # a shared cache, or a browser without the key, must not show it
         control = b"private, " + control
-        headers.append((b"vary", KEY_HEADER.encode()))
+        headers.append((b"vary", f"{KEY_HEADER}, Authorization".encode()))
     headers.append((b"cache-control", control))
     if status == 200 and scope["method"] != "POST":
         # Two bodies with one checksum get different tags unless they were fetched in the same second.
@@ -4864,9 +4899,6 @@ async def index() -> RedirectResponse:
     return RedirectResponse("docs")  # relative, so that it is right under the prefix and behind a proxy
 
 
-KEY_SCHEME = {"type": "apiKey", "in": "header", "name": KEY_HEADER, "description": "A key that the operator has set"}
-
-
 def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
     """The schema as it is with these settings: which routes need the key, and the numbers of the limits."""
     schema = deepcopy(app.openapi())
@@ -4879,7 +4911,7 @@ def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
                 pattern = vin_pattern(CONTROL.sub("", EDGES))
                 parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
         if tag not in access.open_tags:
-            operation["security"] = [{"APIKeyHeader": []}]
+            operation["security"] = [{name: []} for name in KEY_SCHEMES]
             responses["401"] = error("No key, or a wrong one", NO_KEY)
         if limit := access.limits.get(tag):
             sentence = f"The limit is {limit}; ask again later."
@@ -4889,7 +4921,7 @@ def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
     components["schemas"] |= {model.__name__: model.model_json_schema() for model in (Problem, VinProblem)}
     components["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
     if access.keys:
-        components["securitySchemes"] = {"APIKeyHeader": KEY_SCHEME}
+        components["securitySchemes"] = KEY_SCHEMES
     return schema
 
 

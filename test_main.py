@@ -20,6 +20,7 @@ import random
 import re
 import resource
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -1259,7 +1260,7 @@ async def test_vins_and_control_characters_stay_out_of_the_log(launch: Launch, v
     async with process.serving(vpic) as service:
         await service.batch([TRUCK, OTHER_TRUCK])
         await service.ask("POST", "/lookup", json={"vin": TRUCK})
-    sql(process.log.parent / process.database, BEYOND_TIME)
+    sql(process.log.parent / process.database, BEYOND_TIME + ", source = 'vpic'")
     async with opened(process.url) as client, client.get(f"/lookup/{TRUCK}?details=true") as response:
         assert response.status == 500
     process.signal(signal.SIGTERM)
@@ -3910,8 +3911,9 @@ async def test_waiting_in_our_own_line_says_nothing_of_vpic(start: Start, vpic: 
         await batch
         assert await service.breaker() == "ok"
         vpic.delay = 0
+        await until(lambda: {row["source"] for row in service.rows()} == {"vpic"})  # the place is free
         assert (await service.lookup(TRUCK))[1]["source"] == "vpic"
-        assert vpic.calls == [trucks(2, 50), [TRUCK]]
+        assert vpic.calls == [trucks(2, 50), trucks(5), [TRUCK]]
 
 
 async def test_a_caller_that_leaves_the_line_is_not_asked_for(start: Start, vpic: PlayedVpic) -> None:
@@ -4462,7 +4464,7 @@ def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
     some = hypothesis.strategies
     years = some.integers(1900, 2100)
     text, number = main.Asked.model_json_schema()["properties"]["model_year"]["anyOf"]
-    known = {*text["enum"]}
+    known = {year for year in ("", *(f"{year:04}" for year in range(10_000))) if re.search(text["pattern"], year)}
     assert known - {""} == {str(year) for year in range(number["minimum"], number["maximum"] + 1)}
     for year in known - {""}:
         for given in (year, int(year), float(year), f" {year}\n"):
@@ -4618,11 +4620,11 @@ async def test_attributes_go_with_their_row(start: Start, vpic: PlayedVpic) -> N
     def kept(service: Service) -> list[str]:
         return [json.loads(row[0]).get("Trim") for row in sql(service.database, "SELECT attributes FROM attributes")]
 
-    async with start(keep_expired=10) as service:
+    async with start(keep_expired=10, grace=0) as service:
         vpic.fault = says(lambda vin: honest(vin, Trim="OLD"))
         await service.lookup(HONDA)
         assert kept(service) == ["OLD"]
-        sql(service.database, "UPDATE vehicles SET expires_at = unixepoch() - 5, source = 'offline'")
+        sql(service.database, "UPDATE vehicles SET expires_at = unixepoch() - 5")
         vpic.fault = says(lambda vin: honest(vin, Trim="NEW"))
         assert (await details_told(service, "query"))["attributes"]["Trim"] == "NEW"
         assert kept(service) == ["NEW"]
@@ -6642,7 +6644,14 @@ async def statuses(port: int, requests: Sequence[bytes]) -> list[int]:
 
 # -- The key -----------------------------------------------------------------------------------------------------------
 
-NO_KEY = {"detail": "This needs a valid key in the header X-API-Key."}
+NO_KEY = {
+    "detail": "This needs a valid key: in X-API-Key, as a Bearer token, or as the password of Basic authorization."
+}
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
 
 GUARDED = [*REMOVALS, ("GET", "/export", ""), ("GET", "/export.parquet", "")]
 WRONG_KEYS = ["", "wrong", "old,new", "ol", "oldnew", "ÖLD", "old\u00a0", "OLD"]
@@ -6656,7 +6665,8 @@ async def test_remove_and_export_want_a_key(start: Start, form: Form) -> None:
         for prefix in PREFIXES:
             for headers in [{}, *({"X-API-Key": key} for key in WRONG_KEYS), {"Authorization": "old"}]:
                 status, body, got = await service.send(form, TRUCK, prefix, headers=headers)
-                assert (status, body, got["WWW-Authenticate"]) == (401, NO_KEY, "APIKey")
+                assert (status, body) == (401, NO_KEY)
+                assert got["WWW-Authenticate"] == 'Basic realm="vincache", charset="UTF-8"'
         assert len(service.rows()) == 1
         for key in ("old", "new"):
             for prefix in PREFIXES:
@@ -6671,7 +6681,78 @@ async def test_key_of_any_bytes(start: Start) -> None:
         for key in ("schlüssel".encode("latin-1"), b"\xff\xfe\x80", b"schl\xc3"):
             status, head, body = await shout(service.port, request % key)
             assert (status, json.loads(body)) == (401, NO_KEY)
-            assert b"www-authenticate: APIKey" in head
+            assert b"www-authenticate: Basic" in head
+
+
+RIGHT_KEYS = {
+    "our header": [("X-API-Key", "k:é")],
+    "bearer": [("Authorization", "Bearer k:é")],
+    "bearer in small letters": [("authorization", "bearer  k:é ")],
+    "a password": [("Authorization", basic("any", "k:é"))],
+    "a password without a user": [("Authorization", basic("", "k:é").replace("Basic", "BASIC"))],
+    "beside a proxy's password": [("X-API-Key", "k:é"), ("Authorization", basic("proxy", "secret"))],
+    "beside a wrong one": [("X-API-Key", "wrong"), ("Authorization", "Bearer k:é")],
+    "the second of two": [("X-API-Key", "wrong"), ("X-API-Key", "k:é")],
+}
+BAD_KEYS = {
+    "bearer": [("Authorization", "Bearer wrong")],
+    "no scheme": [("Authorization", "k:é")],
+    "another scheme": [("Authorization", "Digest k:é")],
+    "bearer without a key": [("Authorization", "Bearer")],
+    "a password": [("Authorization", basic("any", "wrong"))],
+    "the key as the user": [("Authorization", basic("k", "é"))],
+    "a part of the password": [("Authorization", basic("any", "k"))],
+    "no password": [("Authorization", "Basic " + base64.b64encode(b"k").decode())],
+    "no base64": [("Authorization", "Basic k:é")],
+    "base64 cut off": [("Authorization", basic("any", "k:é")[:-1])],
+    "two wrong ones": [("X-API-Key", "é"), ("Authorization", basic("any", ""))],
+}
+
+
+@pytest.mark.parametrize("route", ["GET /export", f"DELETE /remove?vin={TRUCK}"])
+async def test_a_key_comes_in_any_form(start: Start, route: str) -> None:
+    """In our header, as a bearer token or as a password: one valid key suffices, and wrong ones are 401 in any form."""
+    async with start(api_key="k:é,other", export_limit="") as service:
+
+        async def status(headers: list[tuple[str, str]]) -> tuple[int, bytes]:
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+            code, head, _ = await shout(service.port, f"{route} HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode())
+            return code, head.lower()
+
+        for name, headers in RIGHT_KEYS.items():
+            assert (await status(headers))[0] == 200, name
+        for name, headers in BAD_KEYS.items():
+            code, head = await status(headers)
+            assert (code, b"www-authenticate: basic realm=" in head) == (401, True), name
+
+
+async def test_a_page_is_not_asked_for_a_password(start: Start) -> None:
+    """A browser would open a dialog for Basic before the page sees the 401."""
+    async with start(api_key="k") as service:
+        for headers in ({"Origin": "https://fleet.example"}, {"Referer": f"http://127.0.0.1:{service.port}/docs"}):
+            status, _, got = await service.ask("GET", "/export", headers=headers)
+            assert (status, got["WWW-Authenticate"]) == (401, "Bearer")
+
+
+async def test_readmes_clients_bring_the_key(launch: Launch, tmp_path: Path) -> None:
+    """Each line of README, as it stands but for the address; and wget, which waits for the challenge."""
+    [recipes] = re.findall(r"```\n(curl -H 'X-API-Key: KEY'.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    fill(tmp_path / "cache.db", 1)
+    process = await launch(vpic_url="", api_key="KEY").started()
+    recipes += "wget -qO vincache.parquet https://any:KEY@host/export\n"
+    for recipe in recipes.replace("https://", "http://").replace("host/", f"127.0.0.1:{process.port}/").splitlines():
+        program, *options = shlex.split(recipe)
+        if program == "duckdb":
+            assert await asyncio.to_thread(by_duckdb, re.search("'(.+)'", recipe)[1]) == {"PETERBILT": 1}
+            continue
+        program = sys.executable if program == "python" else shutil.which(program)
+        if program is None:
+            continue
+        running = await asyncio.create_subprocess_exec(program, *options, cwd=tmp_path, stdout=PIPE, stderr=PIPE)
+        out, errors = await asyncio.wait_for(running.communicate(), 60)
+        assert running.returncode == 0, (recipe, errors)
+        assert b"1XPWD40X1ED" in (out or (tmp_path / "vincache.parquet").read_bytes()), recipe
+        (tmp_path / "vincache.parquet").unlink(missing_ok=True)
 
 
 async def test_private_service_wants_the_key_for_lookups_too(start: Start, vpic: PlayedVpic) -> None:
@@ -7505,7 +7586,7 @@ async def test_a_setting_lets_caches_keep_an_answer(
         monkeypatch.setattr(time, "time", lambda: now + 0.5)
         _, _, headers = await service.send(LOOKUPS[0], TRUCK, **client)
         assert (headers.get("Age"), headers["Cache-Control"]) == (None if "max_age" in settings else "100", kept)
-        assert headers.get("Vary") == ("X-API-Key" if "private" in settings else None)
+        assert headers.get("Vary") == ("X-API-Key, Authorization" if "private" in settings else None)
 
 
 async def test_what_waiting_helps_says_when(start: Start, vpic: PlayedVpic) -> None:
@@ -7530,7 +7611,10 @@ async def test_what_waiting_helps_says_when(start: Start, vpic: PlayedVpic) -> N
 async def test_pages_of_other_origins_may_ask_where_they_are_named(start: Start) -> None:
     """A browser's question beforehand needs no key; errors can be read, too; nobody else is let in."""
     ours, other = "https://fleet.example", "https://other.example"
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,x-api-key"}
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-api-key",
+    }
     async with start(cors_origins=f"{ours}, http://localhost:3000", api_key="k", private="true") as service:
         for origin in (ours, "http://localhost:3000"):
             status, _, headers = await service.ask("OPTIONS", "/lookup", headers={"Origin": origin, **asked})
@@ -7690,9 +7774,8 @@ async def test_schema_says_what_is_so(start: Start, settings: dict[str, Any], lo
     async with start(**settings) as service:
         schema = (await service.get("/openapi.json"))[1]
         schemes = schema["components"].get("securitySchemes", {})
-        assert [(it["type"], it["in"], it["name"]) for it in schemes.values()] == [
-            ("apiKey", "header", "X-API-Key")
-        ] * bool(locked)
+        kinds = [(it["type"], it.get("name") or it["scheme"]) for it in schemes.values()]
+        assert kinds == [("apiKey", "X-API-Key"), ("http", "bearer"), ("http", "basic")] * bool(locked)
         for path, item in schema["paths"].items():
             tag = path.split("/")[1]
             for operation in item.values():
@@ -7743,8 +7826,10 @@ async def test_schema_suits_generators(service: Service) -> None:
     given += [
         it["schema"] for key, it in walk(schema["paths"]) if isinstance(it, dict) and it.get("name") == "model_year"
     ]
-    assert len(given) == 4
-    assert all(it["anyOf"] == given[0]["anyOf"] for it in given)
+    assert {tuple(kind["type"] for kind in it["anyOf"]) for it in given} == {
+        ("string", "integer"),
+        ("string", "number"),
+    }
     for answer in ("Vehicle", "Undecodable", "BatchLine"):
         assert schema["components"]["schemas"][answer]["properties"]["model_year"]["type"] == "string"
 
@@ -7960,9 +8045,11 @@ async def test_docs_remember_the_key(launch: Launch, vpic: PlayedVpic, tmp_path:
     async def forward(request: web.Request) -> web.Response:
         path = str(request.rel_url).removeprefix("/decoder")
         status, body, headers = await service.ask(request.method, path, headers=request.headers)
+        challenges.append(headers.get("WWW-Authenticate"))
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         return web.Response(body=body, status=status, headers={"Content-Type": headers["Content-Type"]})
 
+    challenges: list[str | None] = []
     process = launch("--root-path", "/decoder", api_key="k")
     async with (
         process.serving(vpic) as service,
@@ -7981,3 +8068,4 @@ async def test_docs_remember_the_key(launch: Launch, vpic: PlayedVpic, tmp_path:
                 await page.until("document.querySelector('.btn.authorize.locked')")
                 await page.open(url + path)
             await page.execute(await page.unfold("delete", "/remove/{vin}"), '"cache_delete_success": false')
+    assert {*challenges} == {None, "Bearer"}  # for Basic, the browser would have opened a dialog
