@@ -3383,6 +3383,7 @@ class Lookups:
         if offline:
             await self._store(offline)
             self._claim_at = 0  # they are unconfirmed
+            self._wake()
         stale = [question for question, old in found.items() if old.outcome == "stale"]
         if stale:
             await self._cache.extend(stale, math.ceil(time.time() + self._settings.stale_ttl))
