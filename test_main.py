@@ -3908,9 +3908,9 @@ async def test_waiting_in_our_own_line_says_nothing_of_vpic(start: Start, vpic: 
         await until(lambda: vpic.calls)
         got = await asyncio.gather(*service.asking(trucks(5)))
         assert [body["source"] for _, body, _ in got] == ["offline"] * 5
+        vpic.delay = 0
         await batch
         assert await service.breaker() == "ok"
-        vpic.delay = 0
         await until(lambda: {row["source"] for row in service.rows()} == {"vpic"})  # the place is free
         assert (await service.lookup(TRUCK))[1]["source"] == "vpic"
         assert vpic.calls == [trucks(2, 50), trucks(5), [TRUCK]]
