@@ -3342,9 +3342,10 @@ class Lookups:
         try:
             # A VIN that vPIC was asked for, and did not answer, is not asked again too soon.
             life = self._settings.offline_ttl if records is not None and failure and failure.failure.blames_vin else 0
-            found, removals = await self._find_stand_ins(waiters, records, life)
+            seconds = STAND_IN_S * 0.4 if is_final and failure is None else None  # an overdue lookup has no more time
+            found, removals = await self._find_stand_ins(waiters, records, life, seconds)
             with suppress(TimeoutError):  # the statement goes on
-                async with asyncio.timeout(STAND_IN_S * 0.4):
+                async with asyncio.timeout(seconds):
                     await self._store_stand_ins(found, removals)
             for waiter in waiters:
                 if stand_in := found.get(waiter.ticket.question):
@@ -3356,15 +3357,16 @@ class Lookups:
                 waiter.resolve(failure or bug_failure())
 
     async def _find_stand_ins(
-        self, waiters: list[Waiter], records: dict[Question, Record] | None, life: float
+        self, waiters: list[Waiter], records: dict[Question, Record] | None, life: float, seconds: float | None
     ) -> tuple[dict[Question, Found], dict[Question, int | None]]:
-        """What there is without vPIC, by question; and the last removals of their VINs."""
+        """What there is without vPIC, by question; and the last removals of their VINs. The cache is given so many
+        seconds."""
         detailed = {waiter.ticket.question: waiter.ticket.details for waiter in waiters}
         removals = {waiter.ticket.question: waiter.ticket.removal for waiter in waiters}
         if records is None:
             records, removals = {}, {}
             with suppress(TimeoutError):
-                async with asyncio.timeout(STAND_IN_S * 0.4):
+                async with asyncio.timeout(seconds):
                     records, removals = await self._cache.records([*detailed])
         now, found = time.time(), dict[Question, Found]()
         for question, record in records.items():

@@ -5284,7 +5284,7 @@ class Simulation:
         if calm and source.kind == "offline" and source.ended > self.trouble_at + LAG and not late:
             return "though vPIC is well"
         life = (self.settings.ttl if status == 200 else self.settings.invalid_ttl) + self.settings.grace
-        if calm and source.kind == "vpic" and max(source.ended, self.trouble_at) + life + 2 < asked.began:
+        if calm and source.kind == "vpic" and max(source.ended, self.trouble_at) + life + 2 < asked.began and not late:
             return "older than its grace though vPIC is well"
         return "" if is_cached or source.kind == "vpic" or late else self._haste(asked)
 
