@@ -1,26 +1,29 @@
 """vincache: an async microservice that decodes VINs with NHTSA's vPIC, once, and remembers the answer.
 
 The journey of a VIN:
-  1. `Front` lets the request in: the prefix, the key, the client's limit, the size of the body.
-  2. It answers a cached VIN at once, by `Cache.hit`: most journeys end here, also of those that have just expired.
-  3. Else `normalize_vin` makes a `Vin` of what was sent, or a 422, and `Lookups.lookup` takes the question from there.
-  4. `_join` shares the ticket of this question that is under way, or `Counter` has a new one wait for a place.
-  5. `_fly` asks vPIC for those who board together; `Vpic.decode` has the retries, the rate and the breaker.
-  6. If vPIC can't be used, `_fall_back` serves the expired row, else `decode_offline`'s word, else the failure.
-  7. `Cache.store` keeps what is new, and the caller gets its `Answer`.
-A batch is many such journeys, told in order; `Fleet` reads them from an uploaded file, and `as_csv` writes their
-answers beside the columns that came. An export is one look at the whole table, by a process of its own.
+  1. `Middleware` finds the route and checks the key, the client's limit and the size of the body.
+  2. It answers a cached VIN at once, by `Cache.hit`: most journeys end here, also for a row that has just expired.
+  3. Else `normalize_vin` makes a `Vin` of the text that was sent, or a 422, and `Lookups.lookup` takes the question.
+  4. `_join` shares the question's ticket if there is one, else `Scheduler` has a new ticket wait for a place.
+  5. `_call_vpic` asks vPIC for all tickets of a call; `Vpic.decode` has the retries, the rate and the breaker.
+  6. If vPIC can't be used, `_answer_without_vpic` serves the expired row, else an offline decoding, else the failure.
+  7. `Cache.store` stores a new answer, and then the caller gets its `Answer`.
+A batch is many such journeys, answered in order; `Fleet` reads them from an uploaded file, and `as_csv` writes their
+answers beside the file's own columns. An export is one snapshot of the whole table, made by a process of its own.
 
 Glossary:
   VIN         vehicle identification number, 17 letters and digits
   question    what is asked and cached: a VIN, and the model year where it is given
-  vPIC        NHTSA's public decoder; "asking vPIC" is one HTTP call to it, for one VIN or for 50
+  vPIC        NHTSA's public decoder
+  call        one HTTP request to vPIC, for one question or for up to 50
   decodable   vPIC knows a make for the VIN; an undecodable VIN is an answer too, and is cached
-  record      a row of the table `vehicles`: what was decoded, by whom, when, and until when it is fresh
-  ticket      a question that waits for vPIC or is being asked, shared by all who ask it at that moment
-  place       one of the few calls to vPIC that may be under way at once
+  record      a row of the table `vehicles`: what was decoded, from which source, when, and until when it is fresh
+  ticket      a question that waits for vPIC or is being asked, shared by all callers that ask it at that moment
+  place       one of the few calls to vPIC that may be made at once
   stale       a row past its `expires_at`, served in its grace, or because vPIC can't be used
-  store       what carries SQL out: one SQLite file, or an rqlite cluster that many nodes of the service share
+  store       what executes SQL: one SQLite file, or an rqlite cluster that many nodes of the service share
+  snapshot    an export that is built: a Parquet file of all rows at one moment
+  line        of a file, of the answer of a batch, or of the log: always a line of text
 """
 
 import asyncio
@@ -77,12 +80,11 @@ import aiosqlite
 import limits.errors
 import stamina
 from dotenv import dotenv_values
-from fastapi import Depends, FastAPI, Query, Request, Response, Security
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from fastapi.security import APIKeyHeader
 from fastapi.telemetry._api import _route_selected
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import Storage
@@ -122,7 +124,7 @@ if sys.platform != "win32":
     import fcntl
 
 # ======================================================================================================================
-# Settings: the only room that reads the environment. Every knob is one line, with its unit and its reason.
+# Settings: the only room that reads the environment. Every setting is one line, with its unit and its reason.
 # ======================================================================================================================
 
 
@@ -130,42 +132,34 @@ class StartupError(Exception):
     """One sentence that tells the operator why the service does not start."""
 
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """For the end of an error: the known name that may have been meant, if there is one."""
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """For the end of an error: the known name that is much like this one, or an empty string."""
     plain = {re.sub("[^a-z]", "", word.lower()): word for word in known}
-    meant = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
-    return f" (did you mean {plain[meant[0]]}?)" if meant else ""
+    similar = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
+    return f" (did you mean {plain[similar[0]]}?)" if similar else ""
 
 
 def check_url(url: str) -> str:
-    """The URL without a trailing slash. Raises ValueError unless it is empty or an http(s) URL with a host and no
-    more than a path, to which ours are added."""
+    """The URL without a trailing slash. Raises ValueError unless it is empty, or an http(s) URL to which a path and a
+    query can be added."""
     parts = urlsplit(url)
-    _ = parts.port  # raises, too
+    _ = parts.port  # raises ValueError if it is not a number up to 65535
     if url and (parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s?#]", url)):
         raise ValueError("not an http or https URL without blanks, query and fragment (empty means: offline only)")
     return url.rstrip("/")
 
 
-def check_blanks(url: str) -> str:
-    """The URL as given. Raises ValueError if there are blanks in it."""
-    if re.search(r"\s", url):
-        raise ValueError("a URL has no blanks")
-    return url
-
-
 def check_origins(origins: str) -> str:
     """The origins as given. Raises ValueError unless each is one as a browser sends it, or `*` for all."""
-    for origin in origins.split(",") if origins else ():
-        if not re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin.strip()):
-            raise ValueError(
-                "not origins like https://fleet.example.com, comma-separated, in small letters (empty: none)"
-            )
+    if not all(
+        re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin.strip()) for origin in origins.split(",") if origins
+    ):
+        raise ValueError("not origins in small letters, like https://fleet.example.com,https://example.com")
     return origins
 
 
 def check_limit(limit: str) -> str:
-    """The rate limit as given. Raises ValueError unless it is empty or one like `10/minute`."""
+    """The rate limit as given. Raises ValueError unless it is empty, or one limit like `10/minute`."""
     if limit and (len(parsed := limits.parse_many(limit)) != 1 or parsed[0].amount < 1):
         raise ValueError("not one limit like 10/minute (empty means: none)")
     return limit
@@ -175,8 +169,8 @@ CLUSTER_NODE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?", re.AS
 
 
 class ClusterAddress(NamedTuple):
-    """Of an rqlite cluster: the URLs of its nodes, in the order given, and a user and a password, empty if there are
-    none."""
+    """The address of an rqlite cluster: the URLs of its nodes in the order given, a user and a password. Both are empty
+    if none are given."""
 
     nodes: list[str]
     user: str
@@ -184,9 +178,9 @@ class ClusterAddress(NamedTuple):
 
 
 def find_cluster(database: str) -> ClusterAddress | None:
-    """What stands in `rqlite://user:password@host:port,host:port`, with `rqlites` for TLS; None if it is a path.
+    """The address in `rqlite://user:password@host:port,host:port`, or `rqlites://` for TLS; None for a path.
 
-    Raises ValueError if it is neither."""
+    Raises ValueError for any other URL."""
     scheme, is_url, rest = database.partition("://")
     if not is_url:
         return None
@@ -205,29 +199,26 @@ def find_cluster(database: str) -> ClusterAddress | None:
 
 
 def check_database(database: str) -> str:
-    """The path, or the URL of a cluster, as given. Raises ValueError."""
+    """The path, or the URL of a cluster, as given. Raises ValueError for any other URL."""
     find_cluster(database)
     return database
 
 
-def plain_number(seconds: float) -> float:
-    """For the log: 30, not 30.0."""
-    return int(seconds) if seconds.is_integer() else seconds
-
-
-Seconds = Annotated[float, Field(gt=0, le=1e9), AfterValidator(plain_number)]
-NoneOrSeconds = Annotated[float, Field(ge=0, le=1e9), AfterValidator(plain_number)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+NoneOrSeconds = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
 Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
+Origins = Annotated[str, AfterValidator(check_origins)]
+StorageUrl = Annotated[str, Field(pattern=r"^\S*$")]
 
 
 def mask(text: str) -> str:
-    """The text without the credentials in its URLs: a user and a password, and the values of a query."""
+    """The text without the credentials in its URLs: the user and the password, and the values of the query."""
     return re.sub(r"([?&][^=&\s]*=)[^&\s]*", r"\1***", re.sub(r"://\S*@", "://***@", text))
 
 
-ENV_FILE, ENV_ENCODING = ".env", "utf-8-sig"  # an editor may have put a BOM in front
+ENV_FILE, ENV_ENCODING = ".env", "utf-8-sig"  # some editors begin the file with a byte order mark
 
 
 class Settings(BaseSettings):
@@ -238,47 +229,47 @@ class Settings(BaseSettings):
     )
 
     database: Annotated[str, PlainValidator(check_database)] = (  # plain: a path need not be text
-        "vincache.db"  # the cache: an SQLite file, made if it is missing; or `rqlite://...`, a cluster
+        "vincache.db"  # the cache: an SQLite file, which is made if it is missing; or `rqlite://...`, a cluster
     )
-    ttl: Seconds = 30 * 86400  # a decoded VIN is fresh this long: vPIC's data drift with its releases
-    invalid_ttl: Seconds = 86400  # an undecodable one: a manufacturer may register tomorrow
-    grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, and asked anew behind it
-    keep_expired: Seconds = 30 * 86400  # an expired row stays this long, for outages; then it is deleted
-    attributes: bool = True  # keep all that vPIC says, for details=true: some 1.3 kB a VIN
-    busy_timeout: Seconds = 2  # a store waits this long for a locked file, then the answer goes out uncached
+    ttl: Seconds = 30 * 86400  # a decoded VIN stays fresh for this long: vPIC's data change with its releases
+    invalid_ttl: Seconds = 86400  # an undecodable one: its manufacturer may register tomorrow
+    grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, then vPIC is asked again
+    keep_expired: Seconds = 30 * 86400  # an expired row is kept for this long, for outages of vPIC; then it is deleted
+    attributes: bool = True  # store all that vPIC says, for details=true: some 1.3 kB a VIN
+    busy_timeout: Seconds = 2  # a write waits this long for a locked file; then the answer is sent but not stored
 
-    vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: no call is made, all is decoded offline
+    vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: vPIC is not called, every VIN is decoded offline
     vpic_timeout: Seconds = 8  # the deadline of one lookup, retries and waiting included
-    # The deadline of one call for 50 VINs, of which vPIC decodes some 20 a second; and how long vPIC has to fail before
-    # the lines of a batch wait for it no longer.
+    # The deadline of one call for 50 VINs, of which vPIC decodes some 20 a second. It is also how long vPIC has to fail
+    # before the lines of a batch are answered without it.
     vpic_batch_timeout: Seconds = 30
-    vpic_concurrency: Count = 8  # calls under way at once
-    vpic_rate: Count = 1000  # calls in any minute: NHTSA asks for no more
-    nodes: Count = 1  # services, each of their workers counted, that share this rate and no storage to count it in
-    breaker_failures: Count = 5  # failed calls in a row, for different VINs, after which vPIC is left alone
-    breaker_seconds: Seconds = 30  # for this long; then one call probes it
-    stale_ttl: Seconds = 60  # an expired row that had to serve is not asked anew for this long
-    offline: bool = True  # decode with the vPIC data in the package ultravin when there is nothing else
-    offline_ttl: Seconds = 3600  # how long such an answer stands before vPIC is asked again
+    vpic_concurrency: Count = 8  # calls to vPIC at once
+    vpic_rate: Count = 1000  # calls to vPIC in any minute: NHTSA asks for no more
+    nodes: Count = 1  # processes that share this rate, workers and machines multiplied, where no storage counts it
+    breaker_failures: Count = 5  # after so many failed calls in a row, for different VINs, vPIC is not called
+    breaker_seconds: Seconds = 30  # for this long; then one call tests whether vPIC works again
+    stale_ttl: Seconds = 60  # after vPIC failed for an expired row, the row is served for this long without a new call
+    offline: bool = True  # decode with the vPIC data in the package ultravin when there is no other answer
+    offline_ttl: Seconds = 3600  # such an answer is fresh for this long; then vPIC is asked again
 
     batch_limit: Annotated[int, Field(gt=0, le=100_000)] = 10_000  # VINs in one batch of JSON
-    upload_bytes: Annotated[int, Field(gt=0)] = 2**30  # of a file of VINs, which lies beside the database meanwhile
+    upload_bytes: Annotated[int, Field(gt=0)] = 2**30  # of one file of VINs, which is stored beside the database
     export_limit: Limit = "10/minute"  # exports built per client; empty: no limit
     lookup_limit: Limit = ""  # lookups per client, a batch counts its VINs; empty: no limit
-    rate_storage: Annotated[str, AfterValidator(check_blanks)] = (
-        "async+memory://"  # where clients and calls to vPIC are counted; `async+redis://...` is shared
+    rate_storage: StorageUrl = (
+        "async+memory://"  # where clients and calls to vPIC are counted; processes share `async+redis://...`
     )
-    api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: open to all
-    private: bool = False  # the lookups want the key too
-    max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # seconds that caches before us may answer without asking us
-    cors_origins: Annotated[str, AfterValidator(check_origins)] = ""  # whose pages may read us in a browser
-    log: Literal["text", "json"] = "text"  # one line an event either way
-    log_vins: bool = True  # false: our log lines have 1XP..........5307 for a VIN
-    metrics: bool = False  # /metrics for Prometheus, behind the key if there is one
+    api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: no key is needed
+    private: bool = False  # lookups need a key too
+    max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # seconds for which HTTP caches may answer without asking us
+    cors_origins: Origins = ""  # pages of these origins may read our answers in a browser
+    log: Literal["text", "json"] = "text"  # the form of a line of the log
+    log_vins: bool = True  # false: our lines of the log have 1XP..........5307 for a VIN
+    metrics: bool = False  # serve /metrics for Prometheus; it needs a key if one is set
 
     @property
     def upload_folder(self) -> Path:
-        """For what is too large for memory: beside the database, in a container nothing else may be writable."""
+        """The folder for uploads and exports: the database's, because in a container no other may be writable."""
         is_file = find_cluster(self.database) is None
         return Path(self.database).absolute().parent if is_file else Path(tempfile.gettempdir())
 
@@ -289,51 +280,54 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def check_together(self) -> "Settings":
         if not self.vpic_url and not self.offline:
-            raise ValueError("VINCACHE_VPIC_URL is empty and VINCACHE_OFFLINE is false: nothing is left to decode with")
+            raise ValueError(
+                "VINCACHE_VPIC_URL is empty and VINCACHE_OFFLINE is false: there is nothing to decode with"
+            )
         if self.api_key.get_secret_value() and not self.api_keys:
-            raise ValueError("VINCACHE_API_KEY is set but has no key in it: all would be open")
+            raise ValueError("VINCACHE_API_KEY is set but has no key in it: nothing would be protected")
         if self.private and not self.api_keys:
-            raise ValueError("VINCACHE_PRIVATE is true but VINCACHE_API_KEY is empty: nobody could come in")
+            raise ValueError("VINCACHE_PRIVATE is true but VINCACHE_API_KEY is empty: every lookup would be refused")
         return self
 
     def __str__(self) -> str:
         """The effective settings in one line, without keys and without the credentials in URLs."""
-        return " ".join(f"{name}={mask(str(value))}" for name, value in self)
+        values = {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in self
+        }
+        return " ".join(f"{name}={mask(str(value))}" for name, value in values.items())
 
 
-# What Kubernetes puts into every container's environment for each service, here for those whose names begin with
-# vincache, like vincache-redis. A name that merely ends in _PORT may be a typo, so its value has to be an address, too.
+# Kubernetes sets these variables in every container for each service, so also for a service whose name begins with
+# vincache, like vincache-redis. For a name that merely ends in _PORT the value has to be an address, else it is a typo.
 KUBERNETES = re.compile(
     r"VINCACHE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)="
     r"|VINCACHE_(\w+_)?PORT=(tcp|udp|sctp)://"
 )
 
 
-def unknown_settings() -> list[str]:
-    """A fault for each variable that looks like one of ours: a typo must not leave a door open."""
+def find_unknown_settings() -> list[str]:
+    """An error for each VINCACHE_ variable that is no setting: with a typo in API_KEY all routes would be open."""
     known = [name.upper() for name in Settings.model_fields]
-    given = {
-        name.upper(): value for name, value in {**dotenv_values(ENV_FILE, encoding=ENV_ENCODING), **os.environ}.items()
-    }
-    ours = {name for name, value in given.items() if not KUBERNETES.match(f"{name}={value}")}
-    unknown = sorted(name[9:] for name in ours if name.startswith("VINCACHE_") and name[9:] not in known)
-    return [f"VINCACHE_{name} is no setting{hint(name, known)}" for name in unknown]
+    given = {**dotenv_values(ENV_FILE, encoding=ENV_ENCODING), **os.environ}
+    names = {name.upper() for name, value in given.items() if not KUBERNETES.match(f"{name.upper()}={value}")}
+    unknown = sorted(name[9:] for name in names if name.startswith("VINCACHE_") and name[9:] not in known)
+    return [f"VINCACHE_{name} is no setting{suggest_name(name, known)}" for name in unknown]
 
 
 def read_settings() -> Settings:
     """The settings. Raises StartupError with a sentence that names each bad one."""
     try:
-        faults = unknown_settings()
+        errors = find_unknown_settings()
         settings = Settings()
     except UnicodeDecodeError:
-        faults = [f"{ENV_FILE} is not UTF-8"]
+        errors = [f"{ENV_FILE} is not UTF-8"]
     except ValidationError as error:
-        faults += [
+        errors += [
             "".join(f"VINCACHE_{name}: ".upper() for name in fault["loc"]) + fault["msg"].removeprefix("Value error, ")
             for fault in error.errors()
         ]
-    if faults:
-        raise StartupError("bad settings: " + "; ".join(faults))
+    if errors:
+        raise StartupError("bad settings: " + "; ".join(errors))
     return settings
 
 
@@ -455,7 +449,7 @@ def refuse_unknown(given: Collection[str], known: Collection[str], what: str) ->
     honoured what it ignored."""
     unknown = [name for name in given if name not in known]
     if unknown:
-        named = ", ".join(ascii(name[:40]) + hint(name, known) for name in unknown[:3])
+        named = ", ".join(ascii(name[:40]) + suggest_name(name, known) for name in unknown[:3])
         more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
         raise PydanticCustomError("unknown", "Unknown {what}: {named}", {"what": what, "named": named + more})
 
@@ -559,6 +553,13 @@ class Vehicle(BaseModel):
     attributes: dict[str, str] | None = Field(
         None, examples=[{"GVWR": "Class 8: 33,001 lb and above (14,969 kg and above)"}], description="With details=true"
     )
+
+
+class BatchLine(Vehicle):
+    """A line of a batch. All fields are there in every line; those of which nothing is known are empty."""
+
+    status: int = Field(examples=[200], description="The status that /lookup would answer with")
+    detail: str = Field(examples=[""], description="The sentence of an error")
 
 
 class Undecodable(Vehicle):
@@ -831,34 +832,28 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
 
 
 # ======================================================================================================================
-# Telemetry: the log, and the few counts that nobody else can make. Requests, spans and HTTP metrics are FastAPI's own.
+# Telemetry: the log, and the counts that only we can make. Requests, spans and HTTP metrics are counted by FastAPI.
 # ======================================================================================================================
 
 log = logging.getLogger("vincache")
 
-# Without the OpenTelemetry SDK these are empty shells.
+# Without the OpenTelemetry SDK these do nothing.
 meter = metrics.get_meter("vincache")
 lookups_counter = meter.create_counter("vincache.lookups", description="VINs looked up, by outcome")
-# From a hit on a file to the longest call; OpenTelemetry's own boundaries, 5 to 10,000, are for milliseconds.
-SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-vpic_duration = meter.create_histogram(
-    "vincache.vpic.duration", "s", "Duration of calls to vPIC, by outcome", explicit_bucket_boundaries_advisory=SECONDS
-)
-store_duration = meter.create_histogram(
-    "vincache.store.duration",
-    "s",
-    "Duration of statements, by store and outcome",
-    explicit_bucket_boundaries_advisory=SECONDS,
-)
+# From a hit on a file to the longest call. OpenTelemetry's default boundaries, 5 to 10,000, are for milliseconds.
+BOUNDARIES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+create_histogram = partial(meter.create_histogram, unit="s", explicit_bucket_boundaries_advisory=BOUNDARIES_S)
+vpic_duration = create_histogram("vincache.vpic.duration", description="Duration of calls to vPIC, by outcome")
+store_duration = create_histogram("vincache.store.duration", description="Duration of statements, by store and outcome")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])[0-9A-Za-z]{17}(?![0-9A-Za-z])")
+LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])([0-9A-Za-z]{3})[0-9A-Za-z]{10}([0-9A-Za-z]{4})(?![0-9A-Za-z])")
 
 
 class TextLine(logging.Formatter):
-    """Plain text, one line an event, whatever comes in from outside or with a traceback; times are UTC."""
+    """Plain text, one line an event: control characters, also those of a traceback, are escaped. Times are UTC."""
 
     converter = staticmethod(time.gmtime)
 
@@ -870,7 +865,7 @@ class TextLine(logging.Formatter):
 
 
 class JsonLine(JsonFormatter):
-    """A JSON object, one line an event. README's log.json names it too, for uvicorn's parent process."""
+    """A JSON object, one line an event. README's log.json names this class too, for uvicorn's parent process."""
 
     converter = staticmethod(time.gmtime)
 
@@ -879,50 +874,48 @@ class JsonLine(JsonFormatter):
             ["asctime", "levelname", "name", "message"],
             datefmt=UTC_TIME,
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-            # Of uvicorn's: the message once more, with terminal colours in it.
+            # uvicorn's color_message is the message again, with terminal colours in it.
             reserved_attrs=[*vars(logging.makeLogRecord({})), "color_message", "message", "asctime"],
         )
 
 
 def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
-    """Give our lines and uvicorn's one form. Ours are without credentials, and without VINs if so told."""
+    """Give uvicorn's lines and ours one form. Our lines have no credentials, and no VINs unless `log_vins` is true."""
     formatter = JsonLine() if form == "json" else TextLine()
-    root = logging.getLogger()
-    if not root.handlers:
-        root.addHandler(logging.StreamHandler())
-        root.handlers[0].setFormatter(formatter)
+    ours = logging.StreamHandler()
+    ours.setFormatter(formatter)
+    logging.basicConfig(handlers=[ours])  # does nothing if the root logger has a handler
     for name in ("uvicorn", "uvicorn.access"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(formatter)
 
-    def discreet(said: str) -> str:
-        masked = mask(said)
-        return masked if log_vins else LIKE_A_VIN.sub(lambda vin: f"{vin[0][:3]}{'.' * 10}{vin[0][-4:]}", masked)
+    def mask_text(text: str) -> str:
+        return mask(text) if log_vins else LIKE_A_VIN.sub(r"\1..........\2", mask(text))
 
-    def make_discreet(record: logging.LogRecord) -> bool:
-        record.msg, record.args = discreet(record.getMessage()), None
+    def mask_record(record: logging.LogRecord) -> bool:
+        record.msg, record.args = mask_text(record.getMessage()), None
         if record.exc_info:
-            record.exc_text, record.exc_info = discreet(TextLine().formatException(record.exc_info)), None
+            record.exc_text, record.exc_info = mask_text(TextLine().formatException(record.exc_info)), None
         return True
 
-    log.filters[:] = [make_discreet]
+    log.filters[:] = [mask_record]
     log.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").filters[:] = [explain_cancellation]
 
 
 def explain_cancellation(record: logging.LogRecord) -> bool:
-    """A sentence in place of the traceback that uvicorn logs for each request that it cancels at the end."""
+    """A filter: in place of the traceback of a request that uvicorn cancels at the end, the log has a sentence."""
     if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
         record.msg, record.args, record.exc_info = "request cut off: --timeout-graceful-shutdown is over", None, None
     return True
 
 
-Scrape = Callable[[str], tuple[bytes, str]]
+MetricsReader = Callable[[str], tuple[bytes, str]]  # from the header Accept to a body and its content type
 
 
 @asynccontextmanager
-async def open_metrics(wanted: bool) -> AsyncIterator[Scrape | None]:
-    """What Prometheus is told, by its Accept header: a body and its content type; None unless wanted.
+async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
+    """The reader of all metrics, for Prometheus; None unless wanted.
 
     Raises StartupError where OpenTelemetry's exporter is not installed."""
     if not wanted:
@@ -936,19 +929,19 @@ async def open_metrics(wanted: bool) -> AsyncIterator[Scrape | None]:
     except ImportError:
         why = "VINCACHE_METRICS is true but opentelemetry-exporter-prometheus is not installed"
         raise StartupError(f"bad settings: {why}") from None
-    if not isinstance(metrics.get_meter_provider(), MeterProvider):  # FastAPI's, where telemetry leaves by OTLP
+    if not isinstance(metrics.get_meter_provider(), MeterProvider):  # FastAPI has set one if it sends OTLP
         metrics.set_meter_provider(MeterProvider())
     provider = cast(MeterProvider, metrics.get_meter_provider())
     registry = CollectorRegistry()
     reader = PrometheusMetricReader(registry=registry)
     provider.add_metric_reader(reader)
 
-    def tell(accept: str) -> tuple[bytes, str]:
+    def render(accept: str) -> tuple[bytes, str]:
         encode, content_type = choose_encoder(accept)
         return encode(registry), content_type
 
     try:
-        yield tell
+        yield render
     finally:
         provider.remove_metric_reader(reader)
 
@@ -1167,16 +1160,15 @@ class Rates:
 
 
 # ======================================================================================================================
-# Cache: all the SQL there is. `Cache` has the statements, a store carries them out: `FileStore` on one SQLite file, of
-# which one connection reads and another writes, so that a blocked write holds up no hit; `ClusterStore` on an rqlite
-# cluster. The cache is disposable, the service is not: whatever happens to the store costs warmth, never an answer.
+# Statements: all the SQL there is. It is the same for a file and for a cluster.
 # ======================================================================================================================
+
 
 SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text("utf-8")
-# What stands between these is one transaction.
+# What stands between BEGIN and COMMIT is one transaction.
 PRAGMAS, BEGIN, TABLES = SCHEMA.partition("BEGIN IMMEDIATE;")
 TABLES, COMMIT, _ = TABLES.partition("COMMIT;")
 
@@ -1186,8 +1178,8 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-# By the schema that a database has, what goes before and behind the tables of schema.sql, in their transaction: a
-# process killed in the midst of it leaves the database as it was.
+# By the schema that a database has: what is executed before the tables of schema.sql are made, and after that. All is
+# one transaction, so that a process that is killed in the middle of it leaves the database as it was.
 MIGRATE = {
     0: ("DROP TABLE IF EXISTS vehicles", ""),
     1: (
@@ -1202,7 +1194,7 @@ MIGRATE = {
     ),
 }
 
-# Of those who upgrade a cluster at the same time, this fails all but the first.
+# Fails the transaction if another node has upgraded the database since its version was read.
 GUARD = """
 CREATE TABLE guard (found INTEGER, expected INTEGER, CHECK (found = expected));
 INSERT INTO guard SELECT user_version, %d FROM pragma_user_version;
@@ -1273,13 +1265,14 @@ LEFT JOIN attributes
 """  # noqa: S608 - our own column names
 
 SNAPSHOT = f"SELECT {', '.join(COLUMNS)} FROM vehicles"  # noqa: S608 - as above
-# Not NULL where none are kept: the exporting driver guesses types from the first rows, and a NULL says nothing.
+# An empty text in place of NULL, because the driver of the export guesses types from the first rows.
 SNAPSHOT_WITH_DETAILS = f"""
 SELECT {", ".join(COLUMNS)}, coalesce(attributes, '') AS attributes FROM records
 """  # noqa: S608 - as above
 
-# Any number of records at once: the columns, then the attributes, then the removal that was known when the fetching
-# began. What was decoded offline never replaces vPIC's word, and what was removed meanwhile is not put back.
+# Stores any number of records. Each comes with the last removal of its VIN that was known before vPIC was asked: if
+# there is another one by now, the record is not stored, because its VIN was removed meanwhile. A record that was
+# decoded offline never replaces one of vPIC's.
 STORE = f"""
 INSERT INTO records ({", ".join(Record._fields)})
 SELECT {", ".join(f"value ->> {index}" for index in range(len(Record._fields)))}
@@ -1294,8 +1287,8 @@ UPDATE vehicles SET expires_at = max(expires_at, ?)
 WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
 """
 
-# A removal is remembered for as long as a fetching that began before it may last. It always differs from the one before
-# it, however the clocks of several machines go, and also if it is carried out once more, later.
+# `removed_at` strictly grows for each VIN, so that a call to vPIC that began earlier can always be told apart, whatever
+# the clocks of several machines say, and also if the statement is carried out twice.
 REMOVAL = """
 INSERT INTO removals (vin, removed_at) VALUES (?, ?)
 ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.removed_at)
@@ -1303,37 +1296,43 @@ ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.remove
 REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
 REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
-REMOVALS_KEPT = 3600  # seconds
+REMOVALS_KEPT_S = 3600  # longer than any call to vPIC that began before the removal
 
 CLOCK = "SELECT unixepoch()"
-CLOCK_TOLERANCE = 60  # seconds that a machine's clock may differ from the store's without a warning
+CLOCK_TOLERANCE_S = 60  # by which a machine's clock may differ from the store's without a warning
 
 # The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
-BITE = """
+COUNT_EXPIRED = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
 FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
 """
-SWEEP = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
+DELETE_EXPIRED = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 
-# More than a page, really written: it finds a locked file, a read-only one and a full disk.
+# Writes more than a page, so that it fails if the file is locked or read-only, or the disk is full.
 PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) VALUES ('', '', hex(zeroblob(4096)))"
+
+# ======================================================================================================================
+# Stores: what carries the statements out. `FileStore` does it on one SQLite file, with one connection that reads and
+# another that writes, so that a write that waits for a lock holds up no hit. `ClusterStore` does it on an rqlite
+# cluster. The cache is disposable: if a store fails, answers go out uncached, and nothing else is lost.
+# ======================================================================================================================
 
 Rows = list[tuple[Any, ...]]
 Statement = tuple[str, Sequence[Any]]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
-    """A statement was not carried out, for all that is known. The text is the reason, which anybody may read: it names
-    no path and no host."""
+    """A statement was not carried out, as far as is known. The text is the reason. It names no path and no host,
+    because /readyz says it to anybody."""
 
 
 class Store(Protocol):
-    """What carries the statements out, each as a transaction."""
+    """Carries statements out."""
 
     name: str
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows, with all in them that was written before. Raises StoreFault."""
+        """The rows, as all writes before have left them. Raises StoreFault."""
 
     async def write(self, *statements: Statement) -> Rows:
         """Carry the statements out as one transaction; the rows that the last one returns. Raises StoreFault.
@@ -1953,26 +1952,33 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
     return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
 
 
+# ======================================================================================================================
+# Cache: the statements as verbs, over whichever store. A read that fails finds nothing, a write that fails raises
+# CacheUnavailable.
+# ======================================================================================================================
+
 READ_TIMEOUT_S = 5  # a store that hangs for so long cannot be read; a cluster gives up by itself before that
-FEW = 16  # hits for which a statement may wait for others: in a crowd turns are long, and it has enough
+# With fewer hits waiting than this, the next statement waits two turns of the loop for more. With more, turns are long,
+# and the statement carries enough.
+MERGE_MAX = 16
 
 
 class Cache:
-    """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
+    """What is known of the questions that were asked before."""
 
     def __init__(self, store: Store, grace: float) -> None:
         self._store = store
-        self._grace = grace
+        self._grace = grace  # seconds after its end for which a row of vPIC's is served
         self._reading, self._writing = [
             Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
             for done in ("read", "written")
         ]
-        self._clock_differs = False
-        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
-        self._answering: asyncio.Task[None] | None = None
+        self._clock_differs = False  # this machine's from the store's
+        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []  # hits that wait for the next statement
+        self._answering: asyncio.Task[None] | None = None  # the statement that is under way
         self._checks = Tasks()
-        self._checking: asyncio.Task[str] | None = None
-        self._checked_at = -math.inf
+        self._checking: asyncio.Task[str] | None = None  # the last check
+        self._checked_at = -math.inf  # when it ended (monotonic)
 
     async def _timed(self, work: Awaitable[Rows]) -> Rows:
         started, outcome = time.perf_counter(), "failed"
@@ -2003,7 +2009,7 @@ class Cache:
         return rows
 
     def hit(self, question: Question) -> asyncio.Future[Answer | None]:
-        """What is cached, or None. Who comes while a statement is under way shares the next one."""
+        """What is cached, or None. Hits that come while a statement is under way share the next one."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._asked.append((question, answer))
         if self._answering is None:
@@ -2012,18 +2018,18 @@ class Cache:
 
     async def _answer(self, turns: int = 0) -> None:
         for _ in range(turns):
-            if len(self._asked) < FEW:
+            if len(self._asked) < MERGE_MAX:
                 await asyncio.sleep(0)
         asked, self._asked = self._asked, []
         found: dict[Question, Answer] = {}
         try:
             found = await self.answers([question for question, _ in asked])
-        finally:  # whatever happened, nobody is left waiting
+        finally:  # also after an error, so that no caller waits for ever
             for question, answer in asked:
                 if not answer.done():  # else its caller has left
                     answer.set_result(found.get(question))
-            # Two turns of the loop, no timer: who was told just now is answered first, and who comes meanwhile shares
-            # the next statement, too. That is worth a fifth.
+            # Before the next statement, yield to the loop twice: the requests just answered send their responses, and
+            # new ones come and share it. That makes a fifth more hits a second.
             self._answering = asyncio.create_task(self._answer(turns=2)) if self._asked else None
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
@@ -2044,13 +2050,13 @@ class Cache:
         )
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
-        """The rows of those that have one, fresh or not; and of all, which removal was the last of its VIN."""
+        """The rows of those that have one, fresh or not; and for all, the last removal of the VIN."""
         rows = await self._read(RECORDS, (json.dumps(questions),))
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
-        """Insert or replace the rows, each unless there was another removal than the one given; if that fails, they
-        are not cached. Returns within the store's patience: `busy_timeout` or CLUSTER_TIMEOUT_S."""
+        """Store the records, each with the last removal that was known before vPIC was asked. If that fails, they are
+        not cached. Returns within `busy_timeout` or CLUSTER_TIMEOUT_S."""
         rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
             await self._write((STORE, (rows,)))
@@ -2061,15 +2067,15 @@ class Cache:
             await self._write((EXTEND, (expires_at, json.dumps(questions))))
 
     async def remove(self, vin: str) -> bool:
-        """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
+        """Remove the rows of a VIN, and have no call that is under way store it. Whether there was a row.
 
-        Raises CacheUnavailable, and then nothing was removed from a file; from a cluster, it may have been."""
+        Raises CacheUnavailable. Then nothing was removed from a file; from a cluster it may have been."""
         # One transaction, because a lookup that reads between the two would take the row for one of after the removal.
         now = await self._clock() or int(time.time())
         return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,))))
 
     async def removal(self, question: Question) -> int | None:
-        """Which removal was the last of this VIN."""
+        """The last removal of the question's VIN, or None."""
         rows = await self._read(REMOVED_AT, (vin_of(question),))
         return rows[0][0] if rows else None
 
@@ -2083,13 +2089,13 @@ class Cache:
 
     async def _sweep_once(self, now: float, keep_expired: float) -> None:
         last, cutoff = "", now - keep_expired
-        while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
+        while (bite := await self._read(COUNT_EXPIRED, (cutoff, last))) and bite[0][0] is not None:
             [(upto, expired)] = bite
             if expired:
-                await self._write((SWEEP, (last, upto, cutoff)))
+                await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
             last = upto
-            await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
-        await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT) * 10**9,)))
+            await asyncio.sleep(0.05)  # lookups come first
+        await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT_S) * 10**9,)))
 
     async def _clock(self) -> int | None:
         """The store's clock (unix seconds), or None if it can't be read. What is deleted goes by it, because the clock
@@ -2099,7 +2105,7 @@ class Cache:
             return None
         clock: int = rows[0][0]
         ahead = time.time() - clock
-        if (abs(ahead) > CLOCK_TOLERANCE) != self._clock_differs:
+        if (abs(ahead) > CLOCK_TOLERANCE_S) != self._clock_differs:
             self._clock_differs = not self._clock_differs
             if self._clock_differs:
                 log.warning(
@@ -2110,9 +2116,9 @@ class Cache:
         return clock
 
     async def check(self) -> str:
-        """`ok` if the store can be read and written just now, else the reason why not.
+        """`ok` if the store can be read and written, else the reason why not.
 
-        However many ask, one finds out at a time, and what it found holds for a second."""
+        One check serves all who ask while it runs, and for a second after that."""
         if self._checking is None or (self._checking.done() and time.monotonic() > self._checked_at + 1):
             self._checking = self._checks.start(self._check())
         return await asyncio.shield(self._checking)
@@ -2126,7 +2132,7 @@ class Cache:
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """For an export: the URI of a database with all that was stored before. Raises StoreFault."""
+        """The URI of a database with all that was stored before, for an export. Raises StoreFault."""
         return self._store.open_copy()
 
     async def report_damage(self, cause: str) -> None:
@@ -3214,6 +3220,7 @@ def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
+JSON = "application/json"
 
 LIST_CHARACTERS = 1000  # of a line of a list: where there are more, the line ends were lost
 ROW_CHARACTERS = 2**15  # of a row of CSV, of which some hundred are in memory at once
@@ -3478,6 +3485,15 @@ async def as_jsonl(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
         yield "\n".join(cast(list[str], some)) + "\n"
 
 
+async def as_json(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
+    """A JSON array of the lines."""
+    before = "["
+    async for some in lines:
+        yield before + ",\n".join(cast(list[str], some))
+        before = ",\n"
+    yield "]\n" if before != "[" else "[]\n"
+
+
 async def as_csv(
     lines: AsyncIterator[list[Line]], sent: "deque[Row]", fleet: Fleet | None, form: LineForm
 ) -> AsyncIterator[bytes]:
@@ -3513,96 +3529,96 @@ async def as_csv(
 
 VERSION = "1.0.0"  # of this service; each export tells it
 
-EXPORT_SILENCE = 30  # seconds; pieces come some tenths of a second apart: a process silent for so long hangs
+EXPORT_TIMEOUT_S = 30  # from one batch of rows to the next, some tenths of a second later: a silent process hangs
 SNAPSHOT_FRESH = 60  # seconds for which those who read by pieces begin with the snapshot that is kept
 SNAPSHOT_KEPT = 300  # seconds; they may go on with it for so long, and it is kept until nobody has for so long
 
 
-def serve_exports() -> None:
-    """The exporting process: for each order on stdin, a line of JSON, a Parquet file on stdout.
+class LimitedFile(io.FileIO):
+    """A file that takes no more than `room` bytes."""
 
-    The file comes in frames, each 4 bytes of length and so many bytes; after an empty one, the last frame says what
-    went wrong, and is empty too if nothing did. It runs alone in a fresh interpreter, from this function's source as
-    it was when the service started: to load the service too would take 35 MB and half a second."""
-    import io
-    import json
-    import os
-    import signal
-    import sys
+    def __init__(self, path: str, room: int) -> None:
+        super().__init__(path, "w")
+        self._room = room
 
-    import adbc_driver_manager
+    def write(self, piece: Any) -> int:
+        if self.tell() + len(piece) > self._room:
+            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
+        return super().write(piece)
+
+
+def write_export(
+    database: str, query: str, path: str, room: int, compression: Any, batch_rows: int, footer: dict[Any, Any]
+) -> None:
+    """Write the rows to a Parquet file, and print an empty line for each batch of them."""
     import adbc_driver_sqlite.dbapi
     import pandas as pd
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; this process ends when the server does
+    time_type = pa.timestamp("s", "UTC")
+    special: dict[str, pa.DataType] = {"decoded": pa.bool_(), "fetched_at": time_type, "expires_at": time_type}
+    with (
+        io.BufferedWriter(LimitedFile(path, room), 2**18) as file,
+        adbc_driver_sqlite.dbapi.connect(database) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": batch_rows})
+        cursor.execute(query)  # one statement, so one consistent snapshot
+        rows = cursor.fetch_record_batch()
+        # The driver guesses a column's type from its values, and an empty table has none.
+        schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
+        types = {field.name: pd.ArrowDtype(field.type) for field in schema}
+        # The rows come in the order of their VINs, all different: statistics serve a search for those, and for times,
+        # a dictionary serves a column whose values come again.
+        repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
+        searched = ["vin", "fetched_at", "expires_at"]
+        with ParquetWriter(
+            file, schema, compression=compression, use_dictionary=repeating, write_statistics=searched
+        ) as parquet:
+            for batch in rows:
+                frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
+                if "attributes" in frame:
+                    frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
+                parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+                print(flush=True)
+
+
+def serve_exports() -> None:
+    """The exporting process. Each line of stdin is an order: the arguments of `write_export` as JSON. Its answer is a
+    line: [0, ""], [0, what SQLite says] or the number and the sentence of a file's error.
+
+    It ends when the server has ended, because it can't read or print then."""
+    import adbc_driver_manager
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends this process
     if hasattr(os, "nice"):
         os.nice(5)  # lookups come first, but an export under load still ends
-
-    special: dict[str, pa.DataType] = {
-        "decoded": pa.bool_(),
-        "fetched_at": pa.timestamp("s", "UTC"),
-        "expires_at": pa.timestamp("s", "UTC"),
-    }
-
-    def send(frame: bytes) -> None:
-        sys.stdout.buffer.write(len(frame).to_bytes(4, "big") + frame)
-        sys.stdout.buffer.flush()
-
-    class Frames(io.RawIOBase):
-        def writable(self) -> bool:
-            return True
-
-        def write(self, piece: "Any") -> int:
-            send(bytes(piece))
-            return len(bytes(piece))
-
-    def write(database: str, query: str, compression: "Any", batch_rows: int, footer: "Any") -> None:
-        with (
-            adbc_driver_sqlite.dbapi.connect(database) as connection,
-            connection.cursor() as cursor,
-            io.BufferedWriter(Frames(), 2**18) as out,
-        ):
-            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": batch_rows})
-            cursor.execute(query)  # one statement, so one consistent snapshot
-            rows = cursor.fetch_record_batch()
-            # The driver guesses a column's type from what is in it; an empty table says nothing.
-            schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
-            types = {field.name: pd.ArrowDtype(field.type) for field in schema}
-            # The rows come in the order of their VINs, all different: statistics serve a search for those, and for
-            # times, a dictionary serves a column whose values come again.
-            repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
-            with ParquetWriter(
-                out,
-                schema,
-                compression=compression,
-                use_dictionary=repeating,
-                write_statistics=["vin", "fetched_at", "expires_at"],
-            ) as parquet:
-                for batch in rows:
-                    frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
-                    if "attributes" in frame:
-                        frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
-                    parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
-
     for order in sys.stdin:
+        fault: tuple[int, str] = 0, ""
         try:
-            write(**json.loads(order))
-            fault = ""
+            write_export(**json.loads(order))
         except adbc_driver_manager.Error as error:
-            fault = str(error)[:1000]
-        except OSError:
-            os._exit(1)  # the server has gone
-        send(b"")
-        send(fault.encode())
+            fault = 0, str(error)[:1000]
+        except OSError as error:
+            fault = error.errno or errno.EIO, error.strerror or str(error)
+        print(json.dumps(fault), flush=True)
 
 
-EXPORT_PROGRAM = f"{inspect.getsource(serve_exports)}\nserve_exports()"  # now: the file may be replaced while we run
+# The process runs in a fresh interpreter, because to load the service too would take 35 MB and half a second. The
+# source is read at the start, because the file may be replaced while the service runs.
+EXPORT_PROGRAM = "\n".join(
+    (
+        "import errno, io, json, os, signal, sys",
+        "from typing import Any",
+        *(inspect.getsource(part) for part in (LimitedFile, write_export, serve_exports)),
+        "serve_exports()",
+    )
+)
 
 
-class Kind(NamedTuple):
-    """Of what kind an export is."""
+class ExportKind(NamedTuple):
+    """What a client may choose of an export."""
 
     compression: str
     details: bool
@@ -3615,24 +3631,18 @@ class Snapshot:
     def __init__(self, folder: Path) -> None:
         self.taken, self.age_began = time.time(), time.monotonic()
         self.etag = f'"{secrets.token_hex(16)}"'
-        self.size = 0
         self.file, self.path = tempfile.mkstemp(".parquet", "vincache-", folder)
-        self._folder = folder
         if os.path.exists("/proc/self/fd"):
             os.unlink(self.path)
-            self.path = f"/proc/self/fd/{self.file}"
+            # By the number of this process, because the exporting process opens the file too.
+            self.path = f"{os.path.realpath('/proc/self/fd')}/{self.file}"
         else:
             weakref.finalize(self, os.unlink, self.path)
-        weakref.finalize(self, os.close, self.file)  # the last one runs first
+        weakref.finalize(self, os.close, self.file)  # finalizers run in reverse order: close, then unlink
 
-    def write(self, piece: bytes, others: int) -> None:
-        """Raises OSError where there is no room, also if this one and the bytes of the others would take more than half
-        of what is free without them: the database needs the same disk."""
-        if self.size + others + len(piece) > shutil.disk_usage(self._folder).free:
-            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
-        self.size += len(piece)
-        while piece:
-            piece = piece[os.write(self.file, piece) :]
+    @property
+    def size(self) -> int:
+        return os.fstat(self.file).st_size
 
     def is_older_than(self, seconds: float) -> bool:
         return time.monotonic() > self.age_began + seconds
@@ -3650,9 +3660,9 @@ class Exporter:
         self._process: asyncio.subprocess.Process | None = None
         self._building = asyncio.Lock()
         self._builds: set[asyncio.Task[Snapshot]] = set()
-        self._queued: dict[Kind, asyncio.Task[Snapshot]] = {}
-        self._kept: dict[Kind, asyncio.Task[Snapshot]] = {}
-        self._releases: dict[Kind, asyncio.TimerHandle] = {}
+        self._queued: dict[ExportKind, asyncio.Task[Snapshot]] = {}
+        self._kept: dict[ExportKind, asyncio.Task[Snapshot]] = {}
+        self._releases: dict[ExportKind, asyncio.TimerHandle] = {}
 
     async def __aenter__(self) -> "Exporter":
         return self
@@ -3666,7 +3676,7 @@ class Exporter:
         await asyncio.gather(*self._builds, return_exceptions=True)
         await self._stop()
 
-    async def new(self, kind: Kind) -> Snapshot:
+    async def new(self, kind: ExportKind) -> Snapshot:
         """The table as a Parquet file, at least as new as this call. Raises ExportFailed.
 
         Who comes while one is built shares the next: however many wait, only two of a kind are there at a time."""
@@ -3675,7 +3685,7 @@ class Exporter:
             self._keep(kind, build)
         return await asyncio.shield(build)
 
-    async def kept(self, kind: Kind, seconds: float, count: Callable[[], Awaitable[None]]) -> Snapshot:
+    async def kept(self, kind: ExportKind, seconds: float, count: Callable[[], Awaitable[None]]) -> Snapshot:
         """The snapshot that is kept; if it is older than that, a new one, which counts. Raises ExportFailed."""
         build = self._find(kind, seconds)
         if build is None:
@@ -3684,7 +3694,7 @@ class Exporter:
         self._keep(kind, build)
         return await asyncio.shield(build)
 
-    def _queue(self, kind: Kind) -> asyncio.Task[Snapshot]:
+    def _queue(self, kind: ExportKind) -> asyncio.Task[Snapshot]:
         if kind not in self._queued:
             build = self._queued[kind] = asyncio.create_task(self._build_in_turn(kind))
             self._builds.add(build)
@@ -3692,21 +3702,21 @@ class Exporter:
             build.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._queued[kind]
 
-    def _find(self, kind: Kind, seconds: float) -> asyncio.Task[Snapshot] | None:
+    def _find(self, kind: ExportKind, seconds: float) -> asyncio.Task[Snapshot] | None:
         """What is kept, or being built to be, unless it is older than that."""
         build = self._kept.get(kind)
         if build is None or not build.done():
             return build
         return None if build.exception() or build.result().is_older_than(seconds) else build
 
-    def _keep(self, kind: Kind, build: asyncio.Task[Snapshot]) -> None:
+    def _keep(self, kind: ExportKind, build: asyncio.Task[Snapshot]) -> None:
         """Keep it until nobody has asked for it for a while."""
         self._kept[kind] = build
         if kind in self._releases:
             self._releases[kind].cancel()
         self._releases[kind] = asyncio.get_running_loop().call_later(SNAPSHOT_KEPT, self._kept.pop, kind, None)
 
-    async def _build_in_turn(self, kind: Kind) -> Snapshot:
+    async def _build_in_turn(self, kind: ExportKind) -> Snapshot:
         async with self._building:
             del self._queued[kind]  # whoever comes from here on may have stored what this snapshot will lack
             try:
@@ -3723,31 +3733,29 @@ class Exporter:
                     await self._cache.report_damage(str(error))
             raise failure  # outside of the except: it would keep the error, whose frames keep the file open
 
-    async def _build(self, kind: Kind) -> Snapshot:
-        """The file, as the exporting process writes it.
+    async def _build(self, kind: ExportKind) -> Snapshot:
+        """Have the exporting process write the file.
 
-        Raises sqlite3.DatabaseError with what that process says of the database, and OSError (TimeoutError is one),
-        EOFError or NotImplementedError if it says nothing at all; StoreFault if there is nothing to read."""
+        Raises what that process answers: OSError, or sqlite3.DatabaseError with what SQLite says. Raises OSError
+        (TimeoutError is one), EOFError or NotImplementedError if it does not answer, and StoreFault if there is nothing
+        to read."""
         if self._process is None or self._process.returncode is not None:
+            pipe = asyncio.subprocess.PIPE
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                EXPORT_PROGRAM,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=2**19,
+                sys.executable, "-c", EXPORT_PROGRAM, stdin=pipe, stdout=pipe, stderr=pipe
             )
-        orders = cast(asyncio.StreamWriter, self._process.stdin)
-        frames = cast(asyncio.StreamReader, self._process.stdout)
         snapshot = Snapshot(self._folder)  # now: all that was stored before will be in it
+        taken_up = sum(other.size for other in self._alive)
         self._alive.add(snapshot)
         async with self._cache.open_copy() as database:
             order = {
                 "database": database,
                 "query": SNAPSHOT_WITH_DETAILS if kind.details else SNAPSHOT,
+                "path": snapshot.path,
+                # All exports together may take half of the room that there is without them.
+                "room": (shutil.disk_usage(self._folder).free - taken_up) // 2,
                 "compression": kind.compression,
-                # More take more memory, fewer more time; with details, a row is six times as large.
+                # More rows take more memory, fewer take more time; with details, a row is six times as large.
                 "batch_rows": 8192 if kind.details else 65536,
                 "footer": {
                     "vincache.version": VERSION,
@@ -3755,20 +3763,23 @@ class Exporter:
                     "vincache.snapshot": utc(snapshot.taken),
                 },
             }
-            orders.write(f"{json.dumps(order)}\n".encode())
-            while piece := await self._receive(frames):
-                others = sum(other.size for other in self._alive if other is not snapshot)
-                async with asyncio.timeout(EXPORT_SILENCE):  # a disk may hang
-                    await asyncio.to_thread(snapshot.write, piece, others)
-            if fault := await self._receive(frames):
-                raise sqlite3.DatabaseError(fault.decode())
-            return snapshot
+            code, sentence = await self._carry_out(self._process, order)
+        if code:
+            raise OSError(code, sentence)
+        if sentence:
+            raise sqlite3.DatabaseError(sentence)
+        return snapshot
 
     @staticmethod
-    async def _receive(frames: asyncio.StreamReader) -> bytes:
-        async with asyncio.timeout(EXPORT_SILENCE):
-            size = int.from_bytes(await frames.readexactly(4), "big")
-            return await frames.readexactly(size)
+    async def _carry_out(process: asyncio.subprocess.Process, order: dict[str, Any]) -> tuple[int, str]:
+        """The answer of the exporting process."""
+        cast(asyncio.StreamWriter, process.stdin).write(f"{json.dumps(order)}\n".encode())
+        line = b"\n"
+        while line == b"\n":  # it has written a batch
+            async with asyncio.timeout(EXPORT_TIMEOUT_S):
+                line = await cast(asyncio.StreamReader, process.stdout).readuntil()
+        code, sentence = json.loads(line)
+        return code, sentence
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
@@ -3784,67 +3795,71 @@ class Exporter:
 
 
 # ======================================================================================================================
-# Doors: who may come in, how often, and with how much. They stand before FastAPI takes the request apart: 401, then
-# 429, then 413 or 415, then 422.
+# Access: who may ask what, how often, and how much at once. It is checked before FastAPI reads the request: first the
+# key (401), then the client's limit (429), then the body's size and form (413, 415). FastAPI's checks (422) follow.
 # ======================================================================================================================
 
 Tag = Literal["lookup", "cache", "export", "metrics", "health", "docs"]  # what a route is about
-OPEN: set[Tag] = {"health", "docs"}  # what anybody may ask; all other routes want the key, where one is set
+OPEN_TAGS: set[Tag] = {"health", "docs"}  # routes with any other tag need the key, if one is set
 
-BODY_BYTES = 2**22  # of a POST: 100,000 VINs, white space and all
+BODY_BYTES = 2**22  # of a POST: room for 100,000 VINs with white space
 
 KEY_HEADER = "X-API-Key"
 NO_KEY = f"This needs a valid key in the header {KEY_HEADER}."
-API_KEY = APIKeyHeader(name=KEY_HEADER, auto_error=False, description="One of the keys that the operator has set")
 
 
-class Doors:
-    """The key and the limits, by what the matched route is about."""
+class Access:
+    """Checks the key and the limits of a request, by the tag of its route."""
 
     def __init__(self, settings: Settings, rates: Rates) -> None:
+        # Counts the clients' requests.
         self._rates = rates
+        # The valid keys.
         self.keys = [key.encode() for key in settings.api_keys]
-        self.open = OPEN | (set() if settings.private else {"lookup"})  # the tags that need no key
+        # The tags that need no key.
+        self.open_tags = OPEN_TAGS | (set() if settings.private else {"lookup"})
         if not self.keys:
-            self.open = {*get_args(Tag)}
+            self.open_tags = {*get_args(Tag)}
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
+        # The limit of a client, for the tags that have one.
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
         self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
-        self.free = self.open - self.limits.keys()  # the tags for which there is nothing to check
+        # The tags for which there is nothing to check.
+        self.unchecked_tags = self.open_tags - self.limits.keys()
 
-    async def enter(self, scope: Scope, tag: Tag) -> None:
-        """Raises a 401 without a key where one is wanted, then TooManyRequests if the client has had its share."""
-        if tag not in self.open:
+    async def check(self, scope: Scope, tag: Tag) -> None:
+        """Raises a 401 without a valid key where one is needed, then TooManyRequests beyond the client's limit."""
+        if tag not in self.open_tags:
             given = Headers(scope=scope).get(KEY_HEADER, "").encode("latin-1")
-            # All are compared, as bytes and in constant time: the time taken tells nothing.
+            # Compare with every key, each in constant time, so that the time taken says nothing about a key.
             if not any([hmac.compare_digest(given, key) for key in self.keys]):
                 raise HTTPException(401, NO_KEY, {"WWW-Authenticate": "APIKey"})
         if tag != "export":
             await self.count(scope, tag, 1)
-        elif is_plain(scope):
-            await self.count(scope, tag, 1, counts=False)  # it does when the file is built
+        elif is_whole_download(scope):
+            await self.count(scope, tag, 1, counts=False)  # the route counts it when it builds the file
 
     async def count(self, scope: Scope, tag: Tag, cost: int, counts: bool = True) -> None:
-        """Raises TooManyRequests if that is more than the client has left of its share; then it does not count."""
+        """Raises TooManyRequests if the client has less than this cost left; then nothing is counted."""
         if cost > 0 and (limit := self.limits.get(tag)) is not None:
             client, _ = scope["client"] or ("unknown", 0)
-            if wait := await self._rates.client(limit, tag, network(client), cost, counts):
+            if wait := await self._rates.client(limit, tag, client_network(client), cost, counts):
                 raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
 
     def check_size(self, tag: Tag, cost: int) -> None:
-        """Raises a 422 if so much at once is more than the client's limit ever allows: to wait would not help."""
+        """Raises a 422 if the cost is above the whole limit: waiting, as a 429 asks for, would not help."""
         if (limit := self.limits.get(tag)) is not None and cost > limit.amount:
             raise invalid("too_long", ("body", "vins"), f"The limit is {limit}: {cost} at once never fit; send fewer")
 
 
-def is_plain(scope: Scope) -> bool:
-    """Whether this is a download of a whole file, which is built for it; others read by pieces, or have read before."""
+def is_whole_download(scope: Scope) -> bool:
+    """Whether an export is built for this request. HEAD, ranges and conditional requests read a kept one."""
     headers = Headers(scope=scope)
     return scope["method"] == "GET" and "range" not in headers and "if-none-match" not in headers
 
 
-def network(client: str) -> str:
-    """Whom a client's address stands for: an IPv6 user has 2**64 of them."""
+def client_network(client: str) -> str:
+    """What a limit counts as one client: an IPv4 address, or the /64 of an IPv6 address, because a user has a /64."""
     with suppress(ValueError):
         address = ipaddress.ip_address(client)
         if address.version == 6:
@@ -3852,10 +3867,11 @@ def network(client: str) -> str:
     return client
 
 
-def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
-    """The receiving of a body of that many bytes at most.
+def limit_body(scope: Scope, receive: Receive, most: int) -> Receive:
+    """`receive` for a body of at most `most` bytes.
 
-    Raises BodyTooLarge, at once if a larger one is announced, and UnsupportedBody if it is compressed."""
+    Raises BodyTooLarge: at once if the header says so, else when more bytes have come. Raises UnsupportedBody if the
+    body is compressed."""
     headers = Headers(scope=scope)
     too_large = BodyTooLarge(f"A body has {most:,} bytes at most; send less at a time.")
     if int(headers.get("content-length", 0)) > most:
@@ -3864,7 +3880,7 @@ def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
         raise UnsupportedBody("The body is compressed; send it as it is.")
     size = 0
 
-    async def receive_bounded() -> Message:
+    async def receive_limited() -> Message:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
@@ -3872,11 +3888,11 @@ def bounded(scope: Scope, receive: Receive, most: int) -> Receive:
             raise too_large
         return message
 
-    return receive_bounded
+    return receive_limited
 
 
 # ======================================================================================================================
-# Lifespan: everything with a lifetime is opened here, by `async with`, so that opening and closing are one line.
+# Lifespan: everything that has a lifetime is opened here, by `async with`, so that it is closed whatever happens.
 # ======================================================================================================================
 
 
@@ -3888,13 +3904,13 @@ class State(TypedDict):
     vpic: Vpic
     lookups: Lookups
     exporter: Exporter
-    doors: Doors
-    scrape: Scrape | None
+    access: Access
+    read_metrics: MetricsReader | None
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-    """Open the service. Raises StartupError, whose sentence is then the log's last word."""
+    """Open the service. Raises StartupError, whose sentence is then the last line of the log."""
     try:
         settings = read_settings()
         if not settings.vpic_url and not offline_installed():
@@ -3902,7 +3918,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         open_log(settings.log, settings.log_vins)
         log.info("settings: %s", settings)
         async with (
-            open_metrics(settings.metrics) as scrape,
+            open_metrics(settings.metrics) as read_metrics,
             Rates(settings.rate_storage, settings.vpic_rate, settings.nodes) as rates,
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
@@ -3910,8 +3926,9 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             Exporter(cache, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
         ):
-            doors = Doors(settings, rates)
-            # What is there now stays: the collector need not look through it again at every few requests.
+            access = Access(settings, rates)
+            # The objects of the start stay for good: the garbage collector does not look through them again, and looks
+            # through new ones less often.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
             yield State(
@@ -3920,61 +3937,64 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
                 vpic=vpic,
                 lookups=lookups,
                 exporter=exporter,
-                doors=doors,
-                scrape=scrape,
+                access=access,
+                read_metrics=read_metrics,
             )
     except StartupError:
-        sys.tracebacklimit = 0  # Starlette prints a traceback: without its frames, a sentence is left
+        sys.tracebacklimit = 0  # Starlette logs a traceback: without its frames only our sentence is left
         raise
 
 
 # ======================================================================================================================
-# Front: what happens before FastAPI. It is one ASGI middleware, inside FastAPI's telemetry, and the only reader of the
-# path: it finds the route once, and by that route the doors are passed, a cached VIN is answered, and so is what the
-# routes have no answer for: OPTIONS, a method that a path does not have, an address with a slash too many. Everything
-# else is for the route that was found.
+# Middleware: what happens before FastAPI. One ASGI middleware, inside FastAPI's telemetry, is the only reader of the
+# path: it finds the route once. By that route it checks the access, and it answers what no route has to: a cached VIN,
+# OPTIONS, a method that the path does not have, a path with a slash at its end. All else goes to the route.
 # ======================================================================================================================
 
 PREFIX = "/api/v1"
 
-# A lookup as services send it, a normal VIN and nothing else: to let FastAPI take it apart takes longer than the hit.
+# A lookup as programs send it: a VIN in capitals and no other parameter. Only such a one is answered without FastAPI,
+# whose parsing takes longer than the hit itself.
 CANONICAL = re.compile(r"/lookup(?:\?vin=([0-9A-Z]{17})|/([0-9A-Z]{17})\?)")
 
-# Routes that ignore query parameters which they don't have, because load balancers add some to /healthz, bookmarks to
-# /docs, and Prometheus to /metrics: there nobody takes the answer for one that has honoured them.
-LENIENT: set[Tag] = OPEN | {"metrics"}
+# Routes with these tags ignore query parameters that they don't have: load balancers add some to /healthz, bookmarks to
+# /docs, and Prometheus to /metrics, and none of them changes what is meant.
+LENIENT_TAGS: set[Tag] = OPEN_TAGS | {"metrics"}
 
 
 class TaggedRoute(APIRoute):
-    """A route with one tag, which says what it is about. `Front` finds it: FastAPI's router only goes by that."""
+    """A route with one tag. `Middleware` finds the route of a request, and FastAPI's router calls that one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        [self.tag] = cast(list[Tag], self.tags)  # without one the service does not start
+        # What the route is about. Raises ValueError, which stops the start, unless there is exactly one tag.
+        [self.tag] = cast(list[Tag], self.tags)
+        # The methods that the route has, HEAD included.
         self.allowed = {*(self.methods or ())}
         if "GET" in self.allowed:
             self.allowed.add("HEAD")
+        # The names of its query parameters.
         self._parameters = [field.alias for field in self.dependant.query_params]
 
     def serves(self, scope: Scope) -> bool:
-        """Whether it is for such a request, of those at its path."""
+        """Whether this route, of all with the same path, is for the request."""
         return scope["method"] in self.allowed
 
     def body_bytes(self, _: Settings) -> int:
-        """How large a body may be."""
+        """The most bytes of a body."""
         return BODY_BYTES
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return Match.FULL if scope.get("route") is self else Match.NONE, {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.tag not in LENIENT:
+        if self.tag not in LENIENT_TAGS:
             self._check_query(QueryParams(scope["query_string"]))
         await self.app(scope, receive, send)
 
     def _check_query(self, given: QueryParams) -> None:
-        """Raises a 422 for a parameter that the handler does not have, and for one that is given more than once: the
-        last would win, a cache before us may go by the first."""
+        """Raises a 422 for a parameter that the handler does not have, and for one that is given more than once:
+        FastAPI would take the last one, but an HTTP cache in front may look at the first."""
         try:
             refuse_unknown(given.keys(), self._parameters, "parameter")
         except PydanticCustomError as error:
@@ -3984,70 +4004,71 @@ class TaggedRoute(APIRoute):
                 raise invalid("repeated", ("query", name), f"Give {name} only once")
 
 
-class Front:
-    """The one way in: what is no `TaggedRoute` can't be reached."""
+class Middleware:
+    """Checks the access to a request and finds its route. A route that is no `TaggedRoute` can't be reached."""
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        # FastAPI's router.
         self._app = app
         by_path: dict[str, list[TaggedRoute]] = {}
         for route in routes:
             if isinstance(route, TaggedRoute):
                 by_path.setdefault(route.path, []).append(route)
+        # The routes whose path has no parameter, by path.
         self._literal = {path: here for path, here in by_path.items() if not here[0].param_convertors}
+        # The routes whose path has a parameter, with its pattern.
         self._patterns = [(here[0].path_regex, here) for here in by_path.values() if here[0].param_convertors]
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http":
             return self._app(scope, receive, send)
-        if origins := scope["state"]["settings"].cors_origins:  # known since the start only, as is what to make of it
-            cors = CORSMiddleware(self._enter, [origin.strip() for origin in origins.split(",")], **CORS)
-            return cors(scope, receive, send)
-        return self._enter(scope, receive, send)
+        handle: ASGIApp = self._handle
+        if origins := scope["state"]["settings"].cors_origins:  # not known before the lifespan has read the settings
+            handle = CORSMiddleware(handle, re.split(r"\s*,\s*", origins.strip()), **CORS)
+        return handle(scope, receive, send)
 
     def _find(self, path: str) -> tuple[list[TaggedRoute], dict[str, str]]:
-        """The routes at a path, and its parameters. /lookup/batch is itself, and no /lookup/{vin}; with a control
-        character in it a path is none."""
+        """The routes at a path, and its parameters; none if there is a control character in the path. A literal path
+        like /lookup/batch goes before a pattern like /lookup/{vin}."""
         if here := self._literal.get(path):
             return here, {}
         if CONTROL.search(path):
             return [], {}
         for pattern, here in self._patterns:
-            if found := pattern.fullmatch(path):  # not `match`: the pattern's $ would also match before a line end
+            if found := pattern.fullmatch(path):  # not `match`: the $ of the pattern matches before a line end, too
                 return here, found.groupdict()
         return [], {}
 
-    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope["root_path"])
         if path == PREFIX or path.startswith(f"{PREFIX}/"):
             path = path.removeprefix(PREFIX)
-            scope["root_path"] += PREFIX  # for who tells addresses: so much of the path has been dealt with
+            scope["root_path"] += PREFIX  # so that the servers in /openapi.json have the prefix
         method, answer = scope["method"], self._app
         try:
             here, parameters = self._find(path.removesuffix("/") or "/")
             if not here:
                 raise HTTPException(404)
-            for route in here:
-                if route.serves(scope):
-                    break
-            else:
-                route = here[0]  # for its tag: `detour` answers
+            # Without a route for the method the first one lends its tag, and `answer_without_route` answers.
+            route = next((route for route in here if route.serves(scope)), here[0])
             scope["route"], scope["path_params"] = route, parameters
-            # Hits and errors never reach FastAPI's router, which tells its telemetry the route, by no public name.
+            # Name the route to FastAPI's telemetry, which has no public function for it. FastAPI's router would, but
+            # hits and errors do not reach it.
             _route_selected(scope=scope, path=route.path_format)
-            doors: Doors = scope["state"]["doors"]
-            # OPTIONS tells no more than /docs, and browsers send it without a key.
-            if route.tag not in doors.free and method != "OPTIONS":
-                await doors.enter(scope, route.tag)
+            access: Access = scope["state"]["access"]
+            # OPTIONS says no more than /docs, and browsers send it without a key.
+            if route.tag not in access.unchecked_tags and method != "OPTIONS":
+                await access.check(scope, route.tag)
             if route.tag == "lookup" and method in ("GET", "HEAD"):
                 canonical = CANONICAL.fullmatch(f"{path}?{scope['query_string'].decode('latin-1')}")
                 if canonical and (hit := await scope["state"]["lookups"].hit(canonical[1] or canonical[2])):
-                    status, headers, body = rendered(hit, scope)  # a Response would do the same, but not as fast
+                    status, headers, body = render_answer(hit, scope)  # without a Response, which is slower
                     await send({"type": "http.response.start", "status": status, "headers": headers})
                     await send({"type": "http.response.body", "body": body})
                     return
-            answer = detour(scope, path, here) or self._app
+            answer = answer_without_route(scope, path, here) or self._app
             if method == "POST":
-                receive = bounded(scope, receive, route.body_bytes(scope["state"]["settings"]))
+                receive = limit_body(scope, receive, route.body_bytes(scope["state"]["settings"]))
         except HTTPException as error:
             answer = await render_error(Request(scope), error)
         await answer(scope, receive, send)
@@ -4056,27 +4077,18 @@ class Front:
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
     "allow_headers": [KEY_HEADER, "If-None-Match", "Range"],
-    "expose_headers": [
-        "Age",
-        "Content-Disposition",
-        "Content-Range",
-        "ETag",
-        "Retry-After",
-        "X-Cache",
-        "X-Total-Count",
-    ],
+    "expose_headers": ["Age, Content-Disposition, Content-Range, ETag, Retry-After, X-Cache, X-Total-Count"],
 }
 
 
-def detour(scope: Scope, path: str, here: list[TaggedRoute]) -> Response | None:
-    """The answer to a request that the routes at its path have none for: what the path allows, or where the request
-    should have gone.
+def answer_without_route(scope: Scope, path: str, here: list[TaggedRoute]) -> Response | None:
+    """The answer to OPTIONS, and the redirect of a path with a slash too few or too many; None for all other requests.
 
-    Raises a 405 for a method that the path does not have."""
+    Raises a 405 for a method that no route at this path has."""
     if not path:
         return RedirectResponse(f"{PREFIX.rpartition('/')[2]}/")
     if path.endswith("/") and path != "/":
-        # Relative: what the address is outside, only the proxy knows.
+        # A relative address, because only a proxy in front knows the address from outside.
         query = scope["query_string"].decode("latin-1")
         return RedirectResponse(f"../{quote(path.split('/')[-2], safe='')}" + (f"?{query}" if query else ""))
     methods = {"OPTIONS"}.union(*(route.allowed for route in here))
@@ -4091,11 +4103,11 @@ def detour(scope: Scope, path: str, here: list[TaggedRoute]) -> Response | None:
 X_CACHE = {"hit": b"HIT", "stale": b"STALE", "vpic": b"MISS", "offline": b"OFFLINE"}
 
 
-def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """An answer in HTTP: its status, headers and body; or a 304 if the client says that it has it already.
+def render_answer(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """An answer in HTTP: its status, headers and body, or a 304 if the client has it already.
 
-    A cache before us has to ask whether an answer still stands, unless the settings let it answer by itself for a
-    while, which it counts from now on. What may change at any time nobody keeps."""
+    An HTTP cache in front has to ask us whether an answer still stands. With MAX_AGE it may answer by itself for so
+    long. What may change at any time must not be kept."""
     status, text, outcome, fetched_at, fresh_until = answer
     body, now = text.encode(), int(time.time())
     settings: Settings = scope["state"]["settings"]
@@ -4104,28 +4116,29 @@ def rendered(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, bytes
         (b"content-length", b"%d" % len(body)),
         (b"x-cache", X_CACHE[outcome]),
     ]
-    if not settings.max_age:  # else caches would count from there; but not nginx: no max-age could be right for both
+    # With MAX_AGE there is no Age: most caches subtract it from max-age, nginx does not, so no max-age suits both.
+    if not settings.max_age:
         headers.append((b"age", b"%d" % max(0, now - fetched_at)))
     if fresh_until <= now:
         headers.append((b"cache-control", b"no-store"))
         return status, headers, body
     control = b"max-age=%d" % min(settings.max_age, fresh_until - now) if settings.max_age else b"no-cache"
-    if settings.private:  # nobody else's cache may have it, nor the browser's of who comes without the key
+    if settings.private:  # a shared cache, or a browser without the key, must not show it
         control = b"private, " + control
         headers.append((b"vary", KEY_HEADER.encode()))
     headers.append((b"cache-control", control))
     if status == 200 and scope["method"] != "POST":
-        # Where two bodies have one checksum, they are not of the same second.
+        # Two bodies with one checksum get different tags unless they were fetched in the same second.
         etag = b'"%x-%x"' % (fetched_at, zlib.crc32(body))
         headers.append((b"etag", etag))
         for name, value in scope["headers"]:
             if name == b"if-none-match" and (etag in value or value == b"*"):
-                return 304, headers[2:], b""  # without the type and the length
+                return 304, headers[2:], b""  # without the type and the length of the body
     return status, headers, body
 
 
 # ======================================================================================================================
-# Routes: one sentence each.
+# Routes: what each address does, and what the schema says of it. `describe_schema` adds what depends on the settings.
 # ======================================================================================================================
 
 PARQUET = "application/vnd.apache.parquet"
@@ -4138,107 +4151,88 @@ app = FastAPI(
     exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
     openapi_url=None,  # both have a route of their own below
     docs_url=None,
-    redirect_slashes=False,  # Front's are relative
+    redirect_slashes=False,  # `answer_without_route` redirects, to relative addresses
 )
 app.router.route_class = TaggedRoute
-app.add_middleware(Front, routes=app.routes)  # made at the start, when all routes are there
+app.add_middleware(Middleware, routes=app.routes)  # it is made at the start, when all routes are there
 
-Told = dict[int | str, dict[str, Any]]
-
-
-def problem(description: str, detail: str, **fields: str) -> dict[str, Any]:
-    """An error, with a sentence of it."""
-    example = {"detail": detail, **fields}
-    content = {"application/json": {"example": example}}
-    return {"model": VinProblem if fields else Problem, "description": description, "content": content}
+Responses = dict[int | str, dict[str, Any]]
 
 
-# With the limits' numbers where `described` knows them.
-KEY: Told = {401: problem("No key, or a wrong one", NO_KEY)}
-LIMIT: Told = {429: problem("Too many; Retry-After says when", "The limit is 10 per 1 minute; ask again later.")}
-BODY: Told = {
-    400: problem("The body can't be read", "There was an error parsing the body"),
-    413: problem(
-        f"The body has more than {BODY_BYTES:,} bytes", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."
+def error(description: str, detail: str, **fields: str) -> dict[str, Any]:
+    """What the schema says of an error, with its `detail`, and the fields beside it, as an example."""
+    schema = {"$ref": f"#/components/schemas/{(VinProblem if fields else Problem).__name__}"}
+    content = {"application/json": {"schema": schema, "example": {"detail": detail, **fields}}}
+    return {"description": description, "content": content}
+
+
+# The errors from which each route takes its own. `describe_schema` adds 401 and 429.
+ERRORS: Responses = {
+    400: error("The body can't be read", "There was an error parsing the body"),
+    404: error("A path with a control character in it", "Not Found"),
+    413: error("The body is too large", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."),
+    415: error("The body is compressed", "The body is compressed; send it as it is."),
+    422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"},
+    503: error(
+        "Not possible now; Retry-After says when", "The cache cannot be written at the moment; ask again later."
     ),
-    415: problem("The body is compressed", "The body is compressed; send it as it is."),
 }
-VIN: Told = {422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"}}
-LOOKUP: Told = {
-    **KEY,
-    **VIN,
-    **LIMIT,
+LOOKUP_ERRORS: Responses = {
     404: {"model": Undecodable, "description": "vPIC can't decode this VIN; that is cached too"},
-    502: problem(
-        "vPIC can't be reached, or its answer makes no sense", "vPIC cannot be reached; ask again later.", vin=EXAMPLE
-    ),
-    503: problem(
-        "vPIC refuses, or is not asked; Retry-After says when to ask again",
-        "vPIC fails and is left alone for now; ask again later.",
-        vin=EXAMPLE,
-    ),
-    504: problem("vPIC did not answer in time", "vPIC did not answer in time; ask again later.", vin=EXAMPLE),
+    422: ERRORS[422],
+    502: error("vPIC can't be reached, or its answer makes no sense", UNREACHABLE.detail, vin=EXAMPLE),
+    503: error("vPIC refuses, or is not asked; Retry-After says when", LEFT_ALONE.detail, vin=EXAMPLE),
+    504: error("vPIC did not answer in time", TOO_LATE.detail, vin=EXAMPLE),
 }
-NO_PATH: Told = {404: problem("A path with a control character in it", "Not Found")}
-UNDECODABLE_OR_NO_PATH: Told = {
-    404: {
-        "model": Undecodable | Problem,
-        "description": "vPIC can't decode this VIN; that is cached too. Or there is a control character in the path",
-    }
+NO_PATH: Responses = {
+    404: {"model": Undecodable | Problem, "description": "Undecodable, or the path has a control character in it"}
 }
-SAME: Told = {304: {"description": "It is what If-None-Match names"}}
-UNAVAILABLE: Told = {
-    503: problem(
-        "It can't be done at the moment; Retry-After says when to ask again",
-        "The cache cannot be written at the moment; ask again later.",
-    )
-}
-LINES_SENT: Told = {
+UNCHANGED: Responses = {304: {"description": "The client has it already, as If-None-Match says"}}
+
+
+def errors(*statuses: int) -> Responses:
+    return {status: ERRORS[status] for status in statuses}
+
+
+def texts(**examples: str) -> dict[str, Any]:
+    """What the schema says of bodies that are text, by their form."""
+    types = {"csv": CSV, "jsonl": JSONL, "text": TEXT}
+    return {types[form]: {"schema": {"type": "string"}, "example": example} for form, example in examples.items()}
+
+
+def taken(example: Any, **files: str) -> dict[str, Any]:
+    """What the schema says of a body: an example of its JSON, with which /docs fills the field, and of a file."""
+    content = {"application/json": {"example": example}} | texts(**files)
+    return {"requestBody": {"content": content} | ({"required": False} if files else {})}  # a file may be empty
+
+
+# JSON is the first, because /docs and generated clients ask for the first.
+LINES_SENT: Responses = {
     200: {
-        # The first is what /docs asks for, which can't show the other.
+        "model": list[BatchLine],
         "content": {
-            CSV: {"schema": {"type": "string"}, "example": "vin,decoded_status,decoded_vin,decoded_make\r\n"},
-            JSONL: {"schema": {"type": "string"}, "example": f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}'},
+            JSON: {},
+            **texts(
+                csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
+                jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
+            ),
         },
         "description": "One line per VIN, in the order given: `status`, what /lookup answers, and an error's `detail`."
-        " CSV is answered in CSV, all else in JSON Lines, unless `Accept` names the other; X-Total-Count has the lines",
+        " A CSV file is answered in CSV, all else in JSON Lines, unless `Accept` names one of these types."
+        " X-Total-Count is the number of lines",
     }
 }
 FILE: dict[str, Any] = {"content": {PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
-UPLOAD: Told = {
-    503: problem("The file can't be kept", "The file cannot be kept (No space left on device); send it again later.")
-}
-BATCH_TAKEN: dict[str, Any] = {
-    "requestBody": {
-        "content": {
-            "application/json": {"example": {"vins": [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]}},
-            TEXT: {"schema": {"type": "string"}, "example": f"{EXAMPLE}\n4ENGAAA85R1000007,1994\n"},
-            CSV: {
-                "schema": {"type": "string"},
-                "example": f"unit,vin,model year\r\n7,{EXAMPLE},\r\n8,4ENGAAA85R1000007,1994\r\n",
-            },
-        },
-        "required": False,  # an empty file is a file
-    }
-}
-FILE_SENT: Told = {
+FILE_SENT: Responses = {
     200: FILE | {"description": "The file"},
-    206: FILE | {"description": "A part of it, by Range"},
-    304: {"description": "It is what If-None-Match names"},
-    400: {"description": "No range at all"},
-    416: {"description": "A range that the file does not have"},
+    206: FILE | {"description": "A part of it, as Range asks"},
+    400: {"description": "Range is not a range"},
+    416: {"description": "The file does not have this range"},
 }
-
-by_key = Security(API_KEY)  # for the schema only, and there `described` decides: the door has checked it
-
-
-def filled(body: Any) -> dict[str, Any]:
-    """What stands in the body's field in /docs."""
-    return {"requestBody": {"content": {"application/json": {"example": body}}}}
 
 
 async def look_up(request: Request, question: Question, details: bool) -> Response:
-    """The answer; if the client hangs up before it, nobody waits for vPIC in its name any more."""
+    """The response of a lookup. If the client hangs up before it, the lookup ends."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -4250,7 +4244,7 @@ async def look_up(request: Request, question: Question, details: bool) -> Respon
         await asyncio.wait([looking, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not looking.done():
             return Response(status_code=499)
-        status, headers, body = rendered(looking.result(), request.scope)
+        status, headers, body = render_answer(looking.result(), request.scope)
         response = Response(body, status)
         response.raw_headers = headers
         return response
@@ -4289,43 +4283,41 @@ Compression = Annotated[
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 
-@app.get(
-    "/lookup/{vin}",
-    tags=["lookup"],
-    summary="Decode a VIN",
-    response_model=Vehicle,
-    responses=LOOKUP | SAME | UNDECODABLE_OR_NO_PATH,
-    dependencies=[by_key],
-)
-@app.get(
-    "/lookup",
-    tags=["lookup"],
-    summary="Decode a VIN",
-    response_model=Vehicle,
-    responses=LOOKUP | SAME,
-    dependencies=[by_key],
-)
+LOOKUP_ROUTE: dict[str, Any] = {"tags": ["lookup"], "summary": "Decode a VIN", "response_model": Vehicle}
+
+
+@app.get("/lookup/{vin}", responses=LOOKUP_ERRORS | NO_PATH | UNCHANGED, **LOOKUP_ROUTE)
+@app.get("/lookup", responses=LOOKUP_ERRORS | UNCHANGED, **LOOKUP_ROUTE)
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return await look_up(request, ask(vin, model_year), details)
 
 
 @app.post(
-    "/lookup",
-    tags=["lookup"],
-    summary="Decode a VIN",
-    response_model=Vehicle,
-    responses=LOOKUP | BODY,
-    dependencies=[by_key],
-    openapi_extra=filled({"vin": EXAMPLE}),
+    "/lookup", responses=LOOKUP_ERRORS | errors(400, 413, 415), openapi_extra=taken({"vin": EXAMPLE}), **LOOKUP_ROUTE
 )
 async def lookup_posted(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return await look_up(request, body.question, body.details)
 
 
+QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # .2, 0.2, 0, 1 or 1.000
+
+
+def accepted_form(accept: str, form: str) -> str:
+    """Of the forms of a batch that the header Accept names, the one with the highest q; of equal ones the first. `form`
+    if it names none: `*/*` is no name."""
+    best = 0.0
+    for named in accept.split(","):
+        quality = QUALITY.search(named)
+        weight = float(quality[1]) if quality else 1.0
+        if weight > best and media_type(named) in (JSON, JSONL, CSV):
+            form, best = media_type(named), weight
+    return form
+
+
 class FileRoute(TaggedRoute):
-    """A route for what is not sent as JSON: FastAPI would read it into memory first."""
+    """A route for a body that is not JSON. FastAPI would read the whole body into memory, this route streams it."""
 
     def serves(self, scope: Scope) -> bool:
         return super().serves(scope) and not is_json(Headers(scope=scope).get("content-type", ""))
@@ -4354,7 +4346,7 @@ async def lookup_file(
     return await answer_batch(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
 
 
-# Before the route for JSON, which would take all.
+# Before the route for JSON, because the first route that serves the request takes it.
 app.routes.append(FileRoute("/lookup/batch", lookup_file, methods=["POST"], tags=["lookup"], include_in_schema=False))
 
 
@@ -4362,17 +4354,16 @@ async def answer_batch(
     request: Request, rows: Iterator[Row], count: int, details: bool, form: str, fleet: Fleet | None = None
 ) -> StreamingResponse:
     """A line for each of so many rows, in this form unless `Accept` names another one."""
-    doors: Doors = request.state.doors
-    doors.check_size("lookup", count)
-    await doors.count(request.scope, "lookup", count - 1)  # `Doors.enter` has counted one
-    accepted = map(media_type, request.headers.get("accept", "").split(","))
-    form = next((name for name in accepted if name in (CSV, JSONL)), form)
+    access: Access = request.state.access
+    access.check_size("lookup", count)
+    await access.count(request.scope, "lookup", count - 1)  # the middleware has counted one
+    form = accepted_form(",".join(request.headers.getlist("accept")), form)
     sent = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
     line_form = LineForm(form == CSV, details)
     lines = request.state.lookups.batch(in_windows(rows, fleet, sent), line_form)
     lines = log_progress(lines, count, client)
-    answer = as_jsonl(lines) if sent is None else as_csv(lines, sent, fleet, line_form)
+    answer = {JSON: as_json, JSONL: as_jsonl}[form](lines) if sent is None else as_csv(lines, sent, fleet, line_form)
     return StreamingResponse(answer, headers={"X-Total-Count": str(count)}, media_type=form)
 
 
@@ -4381,9 +4372,12 @@ async def answer_batch(
     tags=["lookup"],
     summary="Decode many VINs",
     response_class=StreamingResponse,
-    responses=LINES_SENT | KEY | VIN | LIMIT | BODY | UPLOAD,
-    dependencies=[by_key],
-    openapi_extra=BATCH_TAKEN,
+    responses=LINES_SENT | errors(400, 413, 415, 422, 503),
+    openapi_extra=taken(
+        {"vins": [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]},
+        text=f"{EXAMPLE}\n4ENGAAA85R1000007,1994\n",
+        csv=f"unit,vin,model year\r\n7,{EXAMPLE},\r\n8,4ENGAAA85R1000007,1994\r\n",
+    ),
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
     """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
@@ -4393,22 +4387,17 @@ async def lookup_batch(body: BatchBody, request: Request, details: Details = Fal
     return await answer_batch(request, body.rows(), len(body.vins), body.details or details, JSONL)
 
 
-@app.delete(
-    "/remove/{vin}",
-    tags=["cache"],
-    summary="Forget a VIN",
-    responses=KEY | VIN | UNAVAILABLE | NO_PATH,
-    dependencies=[by_key],
-)
-@app.delete("/remove", tags=["cache"], summary="Forget a VIN", responses=KEY | VIN | UNAVAILABLE, dependencies=[by_key])
+REMOVE_ROUTE: dict[str, Any] = {"tags": ["cache"], "summary": "Forget a VIN"}
+
+
+@app.delete("/remove/{vin}", responses=errors(404, 422, 503), **REMOVE_ROUTE)
+@app.delete("/remove", responses=errors(422, 503), **REMOVE_ROUTE)
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return Removed(vin=vin, cache_delete_success=await request.state.cache.remove(vin))
 
 
-@app.post(
-    "/remove", tags=["cache"], summary="Forget a VIN", responses=KEY | VIN | UNAVAILABLE | BODY, dependencies=[by_key]
-)
+@app.post("/remove", responses=errors(400, 413, 415, 422, 503), **REMOVE_ROUTE)
 async def remove_posted(body: RemoveBody, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return await remove(body.vin, request)
@@ -4419,8 +4408,7 @@ async def remove_posted(body: RemoveBody, request: Request) -> Removed:
     tags=["export"],
     summary="Download the cache",
     response_class=FileResponse,
-    responses=FILE_SENT | KEY | LIMIT | VIN | UNAVAILABLE,
-    dependencies=[by_key],
+    responses=FILE_SENT | UNCHANGED | errors(422, 503),
 )
 @app.get("/export.parquet", tags=["export"], include_in_schema=False)
 async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
@@ -4431,10 +4419,10 @@ async def export(request: Request, compression: Compression = "zstd", details: D
     exporter: Exporter = request.state.exporter
 
     async def count() -> None:
-        await request.state.doors.count(request.scope, "export", 1)
+        await request.state.access.count(request.scope, "export", 1)
 
-    kind = Kind(compression, details)
-    if plain := is_plain(request.scope):
+    kind = ExportKind(compression, details)
+    if plain := is_whole_download(request.scope):
         await count()
         snapshot = await exporter.new(kind)
     else:
@@ -4447,72 +4435,75 @@ async def export(request: Request, compression: Compression = "zstd", details: D
     return response
 
 
-@app.get("/healthz", tags=["health"], summary="See whether it lives")
+@app.get("/healthz", tags=["health"], summary="Check that the process lives")
 async def healthz() -> Health:
-    """A sign of life, no more."""
+    """Always 200 while the process lives."""
     return Health()
 
 
 @app.get(
     "/readyz",
     tags=["health"],
-    summary="See whether the cache works",
+    summary="Check that the cache works",
     responses={503: {"model": Readiness, "description": "The cache can't be used; Retry-After says when to ask again"}},
 )
 async def readyz(request: Request, response: Response) -> Readiness:
-    """Whether the cache can be read and written. vPIC's state is told, but lookups go on without it."""
+    """Whether the cache can be read and written. The state of vPIC makes no difference: lookups go on without it."""
     cache = await request.state.cache.check()
     if cache != "ok":
         response.status_code = 503
-        response.headers["Retry-After"] = "1"  # what was found holds for a second
+        response.headers["Retry-After"] = "1"  # the cache is checked once a second at most
     status: Literal["ok", "unavailable"] = "ok" if cache == "ok" else "unavailable"
     return Readiness(status=status, cache=cache, vpic=request.state.vpic.state)
 
 
 @app.get("/metrics", tags=["metrics"], include_in_schema=False)
-async def scraped(request: Request) -> Response:
-    """What Prometheus collects; 404 unless the settings want it."""
-    scrape: Scrape | None = request.state.scrape
-    if scrape is None:
+async def get_metrics(request: Request) -> Response:
+    """All metrics, for Prometheus; 404 unless VINCACHE_METRICS is true."""
+    read_metrics: MetricsReader | None = request.state.read_metrics
+    if read_metrics is None:
         raise HTTPException(404)
-    body, content_type = scrape(request.headers.get("Accept", ""))
+    body, content_type = read_metrics(request.headers.get("Accept", ""))
     return Response(body, headers={"Content-Type": content_type})
 
 
 @app.get("/", tags=["docs"], include_in_schema=False)
 async def index() -> RedirectResponse:
-    return RedirectResponse("docs")  # relative: under the prefix and behind a proxy, too
+    return RedirectResponse("docs")  # relative, so that it is right under the prefix and behind a proxy
 
 
-def described(doors: Doors, settings: Settings) -> dict[str, Any]:
-    """The schema, as it is with these settings: a key only where one is wanted, and the limits' numbers."""
+KEY_SCHEME = {"type": "apiKey", "in": "header", "name": KEY_HEADER, "description": "A key that the operator has set"}
+
+
+def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
+    """The schema as it is with these settings: which routes need the key, and the numbers of the limits."""
     schema = deepcopy(app.openapi())
-    for operations in schema["paths"].values():
-        for operation in operations.values():
-            tag: Tag = operation["tags"][0]
-            responses = operation["responses"]
-            for parameter in operation.get("parameters", ()):
-                # /docs shows a description only here.
-                parameter.setdefault("description", parameter["schema"].get("description", ""))
-                if parameter["in"] == "path":  # of a VIN, where a control character is a 404
-                    pattern = vin_pattern(CONTROL.sub("", EDGES))
-                    parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
-            if tag in doors.open:
-                operation.pop("security", None)
-                responses.pop("401", None)
-            if "429" in responses and (limit := doors.limits.get(tag)):
-                responses["429"]["description"] = f"More than {limit}; Retry-After says when to ask again"
-            else:
-                responses.pop("429", None)
-    if not doors.keys:
-        del schema["components"]["securitySchemes"]
-    schema["components"]["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
+    for operation in [operation for operations in schema["paths"].values() for operation in operations.values()]:
+        tag, responses = operation["tags"][0], operation["responses"]
+        for parameter in operation.get("parameters", ()):
+            # /docs shows a description only if it stands here, not in the schema of the parameter.
+            parameter.setdefault("description", parameter["schema"].get("description", ""))
+            if parameter["in"] == "path":  # a path with a control character is a 404
+                pattern = vin_pattern(CONTROL.sub("", EDGES))
+                parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
+        if tag not in access.open_tags:
+            operation["security"] = [{"APIKeyHeader": []}]
+            responses["401"] = error("No key, or a wrong one", NO_KEY)
+        if limit := access.limits.get(tag):
+            sentence = f"The limit is {limit}; ask again later."
+            responses["429"] = error(f"More than {limit}; Retry-After says when to ask again", sentence)
+        operation["responses"] = dict(sorted(responses.items()))
+    components = schema["components"]
+    components["schemas"] |= {model.__name__: model.model_json_schema() for model in (Problem, VinProblem)}
+    components["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
+    if access.keys:
+        components["securitySchemes"] = {"APIKeyHeader": KEY_SCHEME}
     return schema
 
 
 @app.get("/openapi.json", tags=["docs"], include_in_schema=False)
 async def openapi(request: Request) -> JSONResponse:
-    schema = described(request.state.doors, request.state.settings)
+    schema = describe_schema(request.state.access, request.state.settings)
     if root_path := request.scope["root_path"]:
         schema["servers"] = [{"url": root_path}]
     return JSONResponse(schema)
@@ -4520,7 +4511,7 @@ async def openapi(request: Request) -> JSONResponse:
 
 @app.get("/docs", tags=["docs"], include_in_schema=False)
 async def docs() -> HTMLResponse:
-    """The schema as a page, for people; all addresses in it are relative, and none is another host's."""
+    """The schema as a page, for people. All addresses in it are relative, and none is of another host."""
     return get_swagger_ui_html(
         openapi_url="openapi.json",
         title=app.title,
@@ -4530,7 +4521,7 @@ async def docs() -> HTMLResponse:
         swagger_ui_parameters={
             "defaultModelsExpandDepth": 0,
             "persistAuthorization": True,
-            "showCommonExtensions": False,  # the VIN's pattern, as long as a line
+            "showCommonExtensions": False,  # it would show the pattern of a VIN, which is as long as a line
             "tryItOutEnabled": True,
         },
     )
@@ -4544,7 +4535,7 @@ async def docs_file(file: str, request: Request) -> Response:
     return await PAGES.get_response(file, request.scope)
 
 
-# Now, so that uvicorn's first lines have the form too; a bad setting is told by the lifespan.
+# Already at the import, so that uvicorn's first lines have the form too. The lifespan reports a bad setting.
 try:
     first = read_settings()
     open_log(first.log, first.log_vins)
