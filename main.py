@@ -62,21 +62,12 @@ import sqlite3
 import stat
 import sys
 import tempfile
+import threading
 import time
 import weakref
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
@@ -364,8 +355,8 @@ def read_settings() -> Settings:
 # Words: what comes in and what goes out, each declared once. A raw VIN is used nowhere but here; a `Vin` is normal.
 # ======================================================================================================================
 
-# What spreadsheets, telematics and copying leave around a value: blanks, ASCII's and no-break ones, NUL, zero-width
-# characters and the byte order mark, which is one of them.
+# The characters that spreadsheets, telematics and copying leave around a value: blanks, ASCII's and no-break ones, NUL,
+# zero-width characters and the byte order mark, which is one of them.
 EDGES = " \t\n\v\f\r\0\u00a0\u200b\u200c\u200d\u2060\ufeff"
 
 UTC_TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -377,8 +368,8 @@ def utc(seconds: float) -> str:
 
 
 def normalize_vin(given: str) -> str:
-    """`given` without what may stand around it, in capitals. Raises unless 17 ASCII letters and digits are left: what
-    is wrong inside is told, without echoing it, and never repaired."""
+    """`given` in capitals, without the characters that may stand around a VIN. Raises unless 17 ASCII letters and
+    digits are left: the error says what is wrong inside, without an echo of it, and nothing is repaired."""
     vin = given.strip(EDGES)
     if len(vin) != 17:
         hint = ""
@@ -401,7 +392,7 @@ def last_model_year() -> int:
 
 
 def normalize_model_year(given: object) -> str:
-    """A year as four digits, or nothing. Raises unless it is one that a vehicle of today may have."""
+    """The year as four digits, or "" if none is given. Raises unless a vehicle of today may have it."""
     if given == "":
         return ""
     last = last_model_year()
@@ -530,48 +521,48 @@ class RemoveBody(Body):
 
 
 class BatchItem(Body):
-    """A line of a batch: a bad VIN in it spoils only its own."""
+    """A row of a batch of JSON. The VIN and the year are checked later, because a bad one spoils only its own line."""
 
     vin: str
     model_year: Annotated[str | StrictInt | StrictFloat, describe_model_year(string={}, number={})] = ""
 
 
-# Told apart by what it is, so that what is wrong with an object is told of it, not that it is no string.
+# With the discriminator pydantic says what is wrong with an object, and not that it is no string.
 Item = Annotated[
     Annotated[str, KindOf("vin")] | Annotated[BatchItem, KindOf("item")],
     Discriminator(lambda item: "vin" if isinstance(item, str) else "item"),
 ]
 
 
-def few_faults(given: object) -> object:
-    """Raises once for all elements that are neither strings nor objects: pydantic would for each, at 2 kB of memory."""
+def check_items(given: object) -> object:
+    """Raises one error for all elements that are neither strings nor objects: pydantic would make one of 2 kB for
+    each."""
     if isinstance(given, list):
         bad = [index for index, item in enumerate(given) if not isinstance(item, str | dict)]
         if bad:
             more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
-            told = {"which": ", ".join(map(str, bad[:3])) + more}
-            raise PydanticCustomError("batch_item", "Neither a string nor an object with a vin: element {which}", told)
+            which = {"which": ", ".join(map(str, bad[:3])) + more}
+            raise PydanticCustomError("batch_item", "Neither a string nor an object with a vin: element {which}", which)
     return given
 
 
 class Row(NamedTuple):
-    """A line of a batch as it came: the VIN, the model year, and in a CSV file its text without the line end."""
+    """A row of a batch as it came."""
 
     vin: str
     model_year: object = ""
-    came: str = ""
+    came: str = ""  # its text in a CSV file, without the line end
 
 
 class BatchBody(Body):
     """The body of a batch: VINs as strings, or as objects where a model year is known."""
 
-    vins: Annotated[list[Item], FailFast(), BeforeValidator(few_faults)] = Field(
+    vins: Annotated[list[Item], FailFast(), BeforeValidator(check_items)] = Field(
         examples=[[EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]]
     )
     details: StrictBool = Field(False, description="With all that vPIC says, as `attributes` of each line")
 
     def rows(self) -> Iterator[Row]:
-        """Its lines."""
         for item in self.vins:
             yield Row(item) if isinstance(item, str) else Row(item.vin, item.model_year)
 
@@ -3516,22 +3507,23 @@ def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
 
 
 # ======================================================================================================================
-# Fleet: a file of VINs as people keep it, a list or a spreadsheet's CSV; and what is told of it, as lines of JSON or as
-# CSV. An upload is received whole and read through once before it is answered: clients write all before they read, and
-# what is wrong with a file is then a 422. It is read in short steps, by threads of its own: no lookup waits for them.
+# Fleet: a file of VINs as people keep it, a list or a spreadsheet's CSV, and its answer, as JSON Lines or as CSV. An
+# upload is received whole and read through once before it is answered, because clients write all before they read, and
+# because a fault in a file is then a 422. Uploads are read by threads of their own, which hold up no lookup.
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
 JSON = "application/json"
 
-LIST_CHARACTERS = 1000  # of a line of a list: where there are more, something ate the line ends
+LIST_CHARACTERS = 1000  # of a line of a list: where there are more, the line ends were lost
 ROW_CHARACTERS = 2**15  # of a row of CSV, of which some hundred are in memory at once
-PROGRESS = 60  # seconds from one line of the log to the next on how far a batch is
+PROGRESS_S = 60  # from one line of the log to the next on how far a batch is
 
-# A step of reading ends after so many characters, some 0.3 ms: for so long it may keep others from Python's lock.
-STEP_CHARACTERS = 2**14
-LINE_COST = 31  # characters that a line counts for besides its own: an empty one takes time, too
-UPLOAD_THREADS = 2
+UPLOAD_THREADS = 32
+STEP_CHARACTERS = 2**14  # that a thread reads, in some 0.3 ms, before it pauses
+LINE_COST = 31  # characters that each line counts for besides its own, because an empty one takes time too
+PAUSE_S = 1e-5  # 0 would not do: the thread would have Python's lock again before another one has woken up
+POLL_S = 0.2  # from one look to the next whether the client of a file that is being read has left
 
 SEND = (
     "Send JSON with Content-Type: application/json, or a file as it is: text/plain with one VIN a line, or text/csv"
@@ -3550,7 +3542,7 @@ VIN_LIKE = re.compile(r"(?=[A-Za-z]*\d)[0-9A-Za-z]{17}")
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 PACKED = (b"\x1f\x8b", b"PK\3\4")  # gzip; zip, which a workbook is too
 
-FORMULA = {"=", "+", "-", "@", "\t", "\r"}  # a spreadsheet runs what begins so
+FORMULA = re.compile("\0[=+@\t\r-]")  # a spreadsheet runs a value that begins so; a NUL stands before each value
 
 
 def is_json(content_type: str) -> bool:
@@ -3562,71 +3554,52 @@ def media_type(header: str) -> str:
     return header.partition(";")[0].strip().lower()
 
 
-class Layout(NamedTuple):
-    """How a CSV file is laid out: the separator, the line before the names, if any, and the names as they came; how
-    many columns there are, and which have the VIN and the model year."""
-
-    separator: str
-    before: str
-    names: str
-    columns: int
-    vin: int
-    model_year: int | None
-
-
 upload_threads = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
+upload_lock = (
+    threading.Lock()
+)  # held by the one upload thread that reads, so that others wait for one step of one thread
 
 
 async def in_upload_thread(work: Callable[..., Result], *given: Any) -> Result:
-    """What the work returns. The threads that all others share are free for what lookups need."""
+    """What the work returns."""
     return await asyncio.get_running_loop().run_in_executor(upload_threads, work, *given)
 
 
-class Fleet:
-    """A file of VINs that is open. What is wrong with it is raised as a 422 that names the line.
+class Layout(NamedTuple):
+    """How a CSV file is laid out."""
 
-    What reads it is an iterator that yields None where it has read but found nothing, as an empty line is: so `step`
-    can end anywhere."""
+    separator: str
+    before: str  # the line before the names, if there is one
+    names: str  # the line of the names as it came
+    columns: int
+    vin: int  # the index of its column
+    model_year: int | None  # the index of its column, if there is one
+
+
+class Fleet:
+    """A file of VINs that is open, and was read through. Raises a 422, which names the line, if it can't be read.
+
+    If the file is closed while a thread reads it, the thread ends with a ValueError."""
 
     def __init__(self, file: BinaryIO, encoding: str, kind: str) -> None:
         self.marked = encoding in BYTE_ORDER_MARKS.values()
         # A byte that is no text becomes a lone surrogate here, which `_lines` finds in its line.
         errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
-        self._kind = kind
         self._number = 0  # of the line that was read last
-        self._left = 0  # characters of this step
-        self.layout: Layout | None = None
-        self.form = JSONL  # in which it is answered
-        self.count = 0  # of its rows
+        self._left = STEP_CHARACTERS  # until the next pause
+        with upload_lock:
+            self.layout = self._find_layout(kind)  # None: a list, one VIN a line
+            self.form = CSV if self.layout or kind == CSV else JSONL  # in which it is answered
+            self.count = sum(1 for _ in self.rows())
 
-    async def step(self, items: Iterator[Result | None], most: int) -> tuple[list[Result], bool]:
-        """What the iterator yields next: up to so many, fewer or none where the step ends first. And whether that is
-        all."""
+    def next_rows(self, rows: Iterator[Row], most: int) -> list[Row]:
+        """Up to so many of `rows()`. Call it in an upload thread."""
+        with upload_lock:
+            self._left = STEP_CHARACTERS  # it has just paused
+            return [*islice(rows, most)]
 
-        def step() -> tuple[list[Result], bool]:
-            self._left = STEP_CHARACTERS
-            taken: list[Result] = []
-            for item in items:
-                if item is not None:
-                    taken.append(item)
-                if self._left <= 0 or len(taken) == most:
-                    return taken, False
-            return taken, True
-
-        return await in_upload_thread(step)
-
-    async def read_through(self, gone: Callable[[], Awaitable[bool]]) -> None:
-        """Find the layout and count the rows. Raises ClientDisconnect when the client is gone."""
-        for items in (self._find_layout(), self.rows()):
-            ended = False
-            while not ended:
-                taken, ended = await self.step(items, STEP_CHARACTERS)
-                self.count += len(taken)
-                if await gone():
-                    raise ClientDisconnect
-
-    def rows(self) -> Iterator[Row | None]:
+    def rows(self) -> Iterator[Row]:
         """The rows, from the first one."""
         layout = self.layout
         if layout is None:
@@ -3634,18 +3607,8 @@ class Fleet:
                 if line.strip(EDGES):
                     vin, _, model_year = line.rstrip("\r\n").partition(",")
                     yield Row(vin, model_year)
-                else:
-                    yield None
             return
-        heads = 2 if layout.before else 1
-        for row in self._sheet(layout.separator):
-            if row is None:
-                yield None
-                continue
-            if heads:
-                heads -= 1
-                continue
-            came, values = row
+        for came, values in islice(self._sheet(layout.separator), 2 if layout.before else 1, None):
             if len(values) > layout.columns:
                 raise self._invalid(f"{len(values)} columns, but only {layout.columns} have names")
             missing = layout.columns - len(values)
@@ -3655,31 +3618,23 @@ class Fleet:
             # pandas writes a column of years that has gaps as 1994.0
             yield Row(values[layout.vin], model_year.removesuffix(".0"), came)
 
-    def _find_layout(self) -> Iterator[None]:
-        """Set `layout` and `form`, by the first line and by what the file is said to be."""
-        self.layout = yield from self._search_layout(self._kind)
-        if self.layout or self._kind == CSV:
-            self.form = CSV
-
-    def _search_layout(self, kind: str) -> Generator[None, None, Layout | None]:
-        """None: a list, one VIN a line."""
-        first = yield from first_of(line if line.strip(EDGES) else None for line in self._lines(ROW_CHARACTERS))
-        if not first:
+    def _find_layout(self, kind: str) -> Layout | None:
+        """The layout, by the first line and by what the file is said to be."""
+        first = next((line for line in self._lines(ROW_CHARACTERS) if line.strip(EDGES)), None)
+        if first is None:
             return None
         if first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
             raise self._invalid(EATEN)
         if kind != CSV and first.lstrip(EDGES)[0] in "{[":
             raise invalid("content_type", ("body",), SEND)
-        told = SEPARATOR_LINE.fullmatch(first)
+        separator_line = SEPARATOR_LINE.fullmatch(first)
+        before = first if separator_line else ""
         layouts: list[Layout] = []
         columns: list[str] = []
         fault: RequestValidationError | None = None
-        for separator in told[1] if told else ",;\t":
+        for separator in separator_line[1] if separator_line else ",;\t":
             try:
-                sheet = self._sheet(separator)
-                if told:
-                    yield from first_of(sheet)
-                names, values = (yield from first_of(sheet)) or ("", [])
+                names, values = next(islice(self._sheet(separator), 1 if before else 0, None), ("", []))
             except RequestValidationError as error:
                 fault = error
                 continue
@@ -3688,7 +3643,6 @@ class Fleet:
             vins = [index for index, name in enumerate(letters) if name in VIN_NAMES]
             years = [index for index, name in enumerate(letters) if name in YEAR_NAMES]
             if vins:
-                before = first if told else ""
                 layouts.append(Layout(separator, before, names, len(values), vins[0], years[0] if years else None))
         if layouts:
             return max(layouts, key=lambda layout: layout.columns)
@@ -3699,9 +3653,9 @@ class Fleet:
         listed = ", ".join(ascii(name[:40]) for name in columns[:10]) + (", ..." if len(columns) > 10 else "")
         raise invalid("columns", ("body",), f"No column is named vin; the first line names {listed or 'none'}")
 
-    def _sheet(self, separator: str) -> Iterator[tuple[str, list[str]] | None]:
+    def _sheet(self, separator: str) -> Iterator[tuple[str, list[str]]]:
         """The rows of a CSV file: the text as it came, without the line end, and the values."""
-        parts: list[str] = []  # a line break in quotes does not end a row
+        parts: list[str] = []  # the lines of a row: a line break in quotes does not end it
 
         def lines() -> Iterator[str]:
             size = 0
@@ -3716,7 +3670,8 @@ class Fleet:
 
         try:
             for values in csv.reader(lines(), delimiter=separator, strict=True):
-                yield ("".join(parts).rstrip("\r\n"), values) if values else None
+                if values:
+                    yield "".join(parts).rstrip("\r\n"), values
                 parts.clear()
         except csv.Error as error:
             self._number -= len(parts) - 1
@@ -3724,7 +3679,7 @@ class Fleet:
             raise self._invalid(cause) from None
 
     def _lines(self, most: int) -> Iterator[str]:
-        """The lines, ends and all, of that many characters at most."""
+        """The lines, ends and all, of that many characters at most. Between them the thread pauses now and then."""
         self._text.seek(0)
         self._number = 0
         while True:
@@ -3737,87 +3692,85 @@ class Fleet:
             if not line:
                 return
             self._number += 1
-            self._left -= len(line) + LINE_COST
             if len(line) > most:
                 raise self._invalid(f"more than {most:,} characters: {EATEN}")
+            self._left -= len(line) + LINE_COST
+            if self._left <= 0:
+                self._left = STEP_CHARACTERS
+                time.sleep(PAUSE_S)
+                upload_lock.release()
+                upload_lock.acquire()
             yield line
 
     def _invalid(self, what: str) -> RequestValidationError:
         return invalid("line", ("body", self._number), f"Line {self._number:,}: {what}")
 
 
-def first_of(items: Iterator[Result | None]) -> Generator[None, None, Result | None]:
-    """The first that is not None, which is yielded for each before it; None if there is none."""
-    for item in items:
-        if item is not None:
-            return item
-        yield
-    return None
-
-
 @asynccontextmanager
-async def receiving(
-    pieces: AsyncIterator[bytes], gone: Callable[[], Awaitable[bool]], folder: Path, kind: str
+async def receive_file(
+    pieces: AsyncIterator[bytes], has_left: Callable[[], Awaitable[bool]], folder: Path, kind: str
 ) -> AsyncIterator[Fleet]:
-    """Receive a file and read it through; it has no name, and is gone at the end, whatever happens.
+    """Receive a file and read it through. The file has no name, and is gone at the end, whatever happens.
 
     Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, a 422, and ClientDisconnect."""
-    utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
     file: BinaryIO | None = None
     try:
         try:
             file = cast(BinaryIO, await in_upload_thread(partial(tempfile.TemporaryFile, dir=folder)))
-            async for piece in pieces:  # the last one is empty
-                await in_upload_thread(file.write, piece)
-                if encoding == "utf-8":
-                    try:
-                        utf_8.decode(piece, final=not piece)
-                    except UnicodeDecodeError:
-                        encoding = "cp1252"
-            await in_upload_thread(file.seek, 0)
+            encoding = await receive_pieces(pieces, file)
         except OSError as error:
             log.warning("upload failed: %s", error)
             raise UploadFailed(f"The file cannot be kept ({reason(error)}); send it again later.") from None
-        head = file.read(4)
-        if head.startswith(PACKED):
-            raise UnsupportedBody("The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
-        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
-        fleet = Fleet(file, encoding, kind)
-        await fleet.read_through(gone)
-        yield fleet
+        opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind))
+        try:
+            while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
+                if await has_left():
+                    raise ClientDisconnect
+            yield opening.result()
+        finally:
+            opening.cancel()  # then nobody misses the result of a thread that goes on until the file is closed
     finally:
         if file is not None:
             with suppress(OSError):  # on a full disk, of what could not be written
                 file.close()
 
 
+async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO) -> str:
+    """Write the file, and return its encoding. Raises UnsupportedBody if it is compressed, and OSError."""
+    utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
+    async for piece in pieces:  # the last one is empty
+        await in_upload_thread(file.write, piece)
+        if encoding == "utf-8":
+            try:
+                utf_8.decode(piece, final=not piece)
+            except UnicodeDecodeError:
+                encoding = "cp1252"
+    await in_upload_thread(file.seek, 0)
+    head = file.read(4)
+    if head.startswith(PACKED):
+        raise UnsupportedBody("The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
+    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
+
+
 async def in_windows(
-    rows: Iterator[Row | None], fleet: Fleet | None, kept: "deque[Row] | None" = None
+    rows: Iterator[Row], fleet: Fleet | None, sent: "deque[Row] | None" = None
 ) -> AsyncIterator[list[Row]]:
-    """The rows, some at a time; `kept` gets them too, where they are needed for CSV."""
-    size = WINDOW if kept is None else WINDOW // 2  # a line of CSV takes twice as long
-    ended = False
-    while not ended:
-        if fleet is None:
-            window = [row for row in islice(rows, size) if row]
-            ended = not window
-        else:
-            window, ended = await fleet.step(rows, size)
-        if window:
-            if kept is not None:
-                kept.extend(window)
-            yield window
+    """The rows of a file or of JSON, some at a time. `sent` gets them too, for the answer in CSV."""
+    while window := await in_upload_thread(fleet.next_rows, rows, WINDOW) if fleet else [*islice(rows, WINDOW)]:
+        if sent is not None:
+            sent.extend(window)
+        yield window
 
 
-async def noting(lines: AsyncIterator[list[Line]], count: int, client: str) -> AsyncIterator[list[Line]]:
-    """The lines; the log says now and then how many of them were told."""
-    told, next_note = 0, time.monotonic() + PROGRESS
+async def log_progress(lines: AsyncIterator[list[Line]], count: int, client: str) -> AsyncIterator[list[Line]]:
+    """The lines. The log says now and then how many of them were answered."""
+    answered, next_at = 0, time.monotonic() + PROGRESS_S
     async for some in lines:
         yield some
-        told += len(some)
-        if time.monotonic() >= next_note:
-            next_note += PROGRESS
-            log.info("batch of %s: %d of %d lines told", client, told, count)
+        answered += len(some)
+        if time.monotonic() >= next_at:
+            next_at += PROGRESS_S
+            log.info("batch of %s: %d of %d lines answered", client, answered, count)
 
 
 async def as_jsonl(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
@@ -3835,9 +3788,9 @@ async def as_json(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
 
 
 async def as_csv(
-    lines: AsyncIterator[list[Line]], rows: "deque[Row]", fleet: Fleet | None, form: LineForm
+    lines: AsyncIterator[list[Line]], sent: "deque[Row]", fleet: Fleet | None, form: LineForm
 ) -> AsyncIterator[bytes]:
-    """The rows as they came, each with its line behind it: the same columns, and ours, which say so in their names."""
+    """The rows as they came, each with its line behind it. The names of our columns begin with `decoded_`."""
     layout = fleet and fleet.layout
     separator = layout.separator if layout else ","
     out = io.StringIO("\ufeff" if fleet and fleet.marked else "")
@@ -3851,12 +3804,13 @@ async def as_csv(
     async for some in lines:
         out.seek(0)
         out.truncate()
-        for line in some:
-            row = rows.popleft()
+        for line in cast(list[list[Any]], some):
+            row = sent.popleft()
             if row.came:
                 out.write(row.came + separator)
-            ours = [f"'{word}" if isinstance(word, str) and word[:1] in FORMULA else word for word in line]
-            writer.writerow(ours if row.came else [row.vin, row.model_year, *ours])
+            if FORMULA.search("\0".join(["", *line[1:]])):  # one search is faster than one for each value
+                line = [f"'{value}" if FORMULA.match(f"\0{value}") else value for value in line]
+            writer.writerow(line if row.came else [row.vin, row.model_year, *line])
         yield out.getvalue().encode(errors="replace")  # JSON may bring lone surrogates
 
 
@@ -4751,45 +4705,46 @@ class FileRoute(TaggedRoute):
         return settings.upload_bytes
 
 
-async def received(request: Request) -> AsyncIterator[Fleet]:
+async def received_file(request: Request) -> AsyncIterator[Fleet]:
     """The file that is sent, for as long as its answer takes."""
     kind = media_type(request.headers.get("content-type", ""))
     if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
         raise invalid("content_type", ("body",), SEND)
     try:
         folder = request.state.settings.upload_folder
-        async with receiving(request.stream(), request.is_disconnected, folder, kind) as fleet:
+        async with receive_file(request.stream(), request.is_disconnected, folder, kind) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None
 
 
 async def lookup_file(
-    fleet: Annotated[Fleet, Depends(received)], request: Request, details: Details = False
+    fleet: Annotated[Fleet, Depends(received_file)], request: Request, details: Details = False
 ) -> StreamingResponse:
     """Decode a file of VINs: a list, or CSV, whose columns come back with ours behind them."""
-    return await tell_lines(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
+    return await answer_batch(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
 
 
 # Before the route for JSON, because the first route that serves the request takes it.
 app.routes.append(FileRoute("/lookup/batch", lookup_file, methods=["POST"], tags=["lookup"], include_in_schema=False))
 
 
-async def tell_lines(
-    request: Request, rows: Iterator[Row | None], count: int, details: bool, form: str, fleet: Fleet | None = None
+async def answer_batch(
+    request: Request, rows: Iterator[Row], count: int, details: bool, form: str, fleet: Fleet | None = None
 ) -> StreamingResponse:
-    """The lines for so many rows, in this form unless another one is asked for."""
+    """A line for each of so many rows, in this form unless `Accept` names another one."""
     access: Access = request.state.access
     access.check_size("lookup", count)
     await access.count(request.scope, "lookup", count - 1)  # the middleware has counted one
     form = accepted_form(",".join(request.headers.getlist("accept")), form)
-    kept = deque[Row]() if form == CSV else None
+    sent = deque[Row]() if form == CSV else None
     client = request.client.host if request.client else "unknown"
     line_form = LineForm(form == CSV, details)
     patience, applied = read_patience(request)
-    lines = noting(request.state.lookups.batch(in_windows(rows, fleet, kept), line_form, patience), count, client)
-    told = {JSON: as_json, JSONL: as_jsonl}[form](lines) if kept is None else as_csv(lines, kept, fleet, line_form)
-    return StreamingResponse(told, headers={"X-Total-Count": str(count)} | applied, media_type=form)
+    lines = request.state.lookups.batch(in_windows(rows, fleet, sent), line_form, patience)
+    lines = log_progress(lines, count, client)
+    answer = {JSON: as_json, JSONL: as_jsonl}[form](lines) if sent is None else as_csv(lines, sent, fleet, line_form)
+    return StreamingResponse(answer, headers={"X-Total-Count": str(count)} | applied, media_type=form)
 
 
 @app.post(
@@ -4809,7 +4764,7 @@ async def lookup_batch(body: BatchBody, request: Request, details: Details = Fal
     limit = request.state.settings.batch_limit
     if len(body.vins) > limit:
         raise invalid("too_long", ("body", "vins"), f"At most {limit} VINs at a time")
-    return await tell_lines(request, body.rows(), len(body.vins), body.details or details, JSONL)
+    return await answer_batch(request, body.rows(), len(body.vins), body.details or details, JSONL)
 
 
 REMOVE_ROUTE: dict[str, Any] = {"tags": ["cache"], "summary": "Forget a VIN"}

@@ -28,6 +28,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
@@ -5217,13 +5218,8 @@ class Simulation:
                 names = names or [name.removeprefix("decoded_") for name in values.pop(0)]
                 yield [dict(zip(names, line, strict=True)) for line in values]
 
-        async def has_left() -> bool:
-            return False
-
         async def work(caller: Caller) -> None:
             count = 0
-            if fleet:
-                await fleet.read_through(has_left)
             async for lines in told():
                 for line in lines:
                     count += 1
@@ -5972,24 +5968,42 @@ LONG_FILES = {
 }
 
 
+class Watched:
+    """The lock of the threads that read uploads, with a note at each pause of theirs."""
+
+    def __init__(self, pause: Callable[[], object]) -> None:
+        self._lock = threading.Lock()
+        self._pause = pause
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+        self._pause()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 @pytest.mark.parametrize(("content", "count"), LONG_FILES.values(), ids=LONG_FILES)
-async def test_a_step_of_reading_is_short_whatever_is_in_the_file(content: bytes, count: int) -> None:
-    """And where a step ends, a client that has left ends the reading."""
+def test_a_step_of_reading_is_short_whatever_is_in_the_file(
+    monkeypatch: pytest.MonkeyPatch, content: bytes, count: int
+) -> None:
+    """Between two steps others run; and a file that is closed then is read no further."""
     file = io.BytesIO(content)
-    fleet = main.Fleet(file, "utf-8", "")
     places = [0]
-
-    async def gone() -> bool:
-        places.append(file.tell())
-        return len(places) == most
-
-    most = 0
-    await fleet.read_through(gone)
-    assert fleet.count == count
+    monkeypatch.setattr(main, "upload_lock", Watched(lambda: places.append(file.tell())))
+    assert main.Fleet(file, "utf-8", "").count == count
     assert max(after - before for before, after in pairwise(places)) <= 2**17
-    most, places = 4, [0]
-    with pytest.raises(main.ClientDisconnect):
-        await main.Fleet(io.BytesIO(content), "utf-8", "").read_through(gone)
+    pauses = iter(range(3))
+    file = io.BytesIO(content)
+    monkeypatch.setattr(main, "upload_lock", Watched(lambda: next(pauses, 0) == 2 and file.close()))
+    with pytest.raises(ValueError, match="closed file"):
+        main.Fleet(file, "utf-8", "")
 
 
 @NEEDS_PROC
@@ -6032,10 +6046,10 @@ async def test_the_log_says_how_far_a_long_one_is(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Lines told, of how many, for whom."""
-    monkeypatch.setattr(main, "PROGRESS", 0)
+    monkeypatch.setattr(main, "PROGRESS_S", 0)
     await upload(service, b"bad1\n" * 250)
     assert logged(caplog, "batch", logging.INFO) == [
-        f"batch of 127.0.0.1: {n} of 250 lines told" for n in (100, 200, 250)
+        f"batch of 127.0.0.1: {n} of 250 lines answered" for n in (100, 200, 250)
     ]
 
 
