@@ -5349,7 +5349,7 @@ class Life(RuleBasedStateMachine):
         settings=st.fixed_dictionaries(
             {
                 "vpic_concurrency": st.sampled_from([1, 2, 3, 8]),
-                "vpic_rate": st.sampled_from([1000, 1000, 20]),
+                "vpic_rate": st.sampled_from([1000, 1000, 6]),
                 "breaker_failures": st.sampled_from([3, 5]),
                 "offline": st.booleans(),
                 "attributes": st.sampled_from([True, True, False]),
