@@ -5300,12 +5300,13 @@ class Simulation:
         self.vpic.choking, self.vpic.missing = set(), set()
         self.sleep(5 * LAG)
         self._complain_of_leftovers()
-        for _ in range(3):  # the breaker closes; what has expired is asked anew; it has been
-            answers = [self.look_up(question) for question in self.questions]
+        answers: list[Caller] = []
+        for _ in range(3):  # the breaker closes; what has expired is asked anew; and so it is there
+            before, answers = answers, [self.look_up(question) for question in self.questions]
             self.sleep(LAG)
             self._complain_of_leftovers()
-        for caller in answers:
-            if caller.outcome != "hit":
+        for caller, earlier in zip(answers, before, strict=True):
+            if caller.outcome != "hit" and earlier.outcome != "hit":  # it may have expired just now
                 self.complain(f"after some minutes in which all was well, {caller.what} is {caller.outcome}")
         [[unconfirmed, _]] = self.store._database.execute(main.UNCONFIRMED, (0,)).fetchall()
         if unconfirmed:
