@@ -5276,7 +5276,10 @@ class Simulation:
             return f"removed before, with all up to source {asked.floor}"
         if not is_cached and source.ended < asked.began - 2 * PATIENCE:
             return "an old answer, said to be new"
-        late = self.settings.patience is not None and self.world.time() >= asked.began + self.settings.patience
+        patience = (
+            self.settings.patience
+        )  # after which offline data may answer; that is stored, and served until vPIC's is
+        late = patience is not None and (is_cached or self.world.time() >= asked.began + patience)
         if calm and source.kind == "offline" and source.ended > self.trouble_at + LAG and not late:
             return "though vPIC is well"
         life = (self.settings.ttl if status == 200 else self.settings.invalid_ttl) + self.settings.grace
