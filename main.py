@@ -774,6 +774,12 @@ class ExportFailed(VincacheError):
     patience = 5
 
 
+class ExportRefused(VincacheError):
+    """Asking again does not help."""
+
+    status = 503
+
+
 class Failure(NamedTuple):
     """A way in which vPIC gives no answer, and what follows from it."""
 
@@ -1739,6 +1745,13 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall("[0-9]+", version)[:3]))
 
 
+# By path the right that it needs, and what follows if our user lacks it.
+CLUSTER_RIGHTS = {
+    "db/backup": ("backup", "/export is 503"),
+    "nodes": ("status", "only the nodes in VINCACHE_DATABASE are known"),
+}
+
+
 class Member(NamedTuple):
     """A node of a cluster, as the cluster knows it."""
 
@@ -1802,6 +1815,8 @@ class ClusterStore:
         self._version = ""
         # The level of a read that waits until the leader has caught up.
         self._caught_up = "strong"
+        # The rights that our user lacks, of which the log has told.
+        self._lacking = set[str]()
         self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
         self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
@@ -1853,6 +1868,7 @@ class ClusterStore:
                     raise
         self._fault = ""
         await self._find_nodes()
+        await self._check_rights()
         log.info("cache opened: rqlite %s, %s", self._version or "of an unknown version", self._hosts)
 
     async def _watch(self) -> None:
@@ -1920,6 +1936,19 @@ class ClusterStore:
                 }
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
             return "", {}
+
+    async def _check_rights(self) -> None:
+        """Let the log tell now what would else show with the first export, or when a node is lost."""
+        for path, (right, consequence) in CLUSTER_RIGHTS.items():
+            status = 0
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with asyncio.timeout(CLUSTER_ATTEMPT_S):
+                    # HEAD does nothing there: with the right it is 405.
+                    async with self._session.head(f"{self._nodes[0]}/{path}", allow_redirects=False) as response:
+                        status = response.status
+            if status == 401 and right not in self._lacking:
+                self._lacking.add(right)
+                log.warning("the user of the cluster lacks the right %s: %s", right, consequence)
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, as the leader has them. Raises StoreFault."""
@@ -3864,7 +3893,9 @@ class Exporter:
                 return await self._build(kind)
             except (OSError, EOFError, NotImplementedError, StoreFault, sqlite3.DatabaseError) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
-                failure = ExportFailed("The export could not be built; ask again.")
+                failure: VincacheError = ExportFailed("The export could not be built; ask again.")
+                if isinstance(error, Refused):
+                    failure = ExportRefused("The user of the cluster lacks the right to back up: there is no export.")
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     said = f"The export cannot be kept ({reason(error)}); ask again later."
                     failure = ExportFailed(said, retry_after=60)
