@@ -811,6 +811,12 @@ class ExportFailed(VincacheError):
     retry_after = 5
 
 
+class ExportRefused(VincacheError):
+    """Asking again does not help."""
+
+    status = 503
+
+
 class Failure(NamedTuple):
     """A reason why vPIC gives no answer."""
 
@@ -1779,6 +1785,13 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall("[0-9]+", version)[:3]))
 
 
+# By path the right that it needs, and what follows if our user lacks it.
+CLUSTER_RIGHTS = {
+    "db/backup": ("backup", "/export is 503"),
+    "nodes": ("status", "only the nodes in VINCACHE_DATABASE are known"),
+}
+
+
 class Member(NamedTuple):
     """A node of a cluster, as the cluster knows it."""
 
@@ -1842,6 +1855,8 @@ class ClusterStore:
         self._version = ""
         # The level of a read that waits until the leader has caught up.
         self._caught_up = "strong"
+        # The rights that our user lacks, of which the log has told.
+        self._lacking = set[str]()
         self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
         self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
@@ -1893,6 +1908,7 @@ class ClusterStore:
                     raise
         self._fault = ""
         await self._find_nodes()
+        await self._check_rights()
         log.info("cache opened: rqlite %s, %s", self._version or "of an unknown version", self._hosts)
 
     async def _watch(self) -> None:
@@ -1960,6 +1976,19 @@ class ClusterStore:
                 }
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
             return "", {}
+
+    async def _check_rights(self) -> None:
+        """Let the log tell now what would else show with the first export, or when a node is lost."""
+        for path, (right, consequence) in CLUSTER_RIGHTS.items():
+            status = 0
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with asyncio.timeout(CLUSTER_ATTEMPT_S):
+                    # HEAD does nothing there: with the right it is 405.
+                    async with self._session.head(f"{self._nodes[0]}/{path}", allow_redirects=False) as response:
+                        status = response.status
+            if status == 401 and right not in self._lacking:
+                self._lacking.add(right)
+                log.warning("the user of the cluster lacks the right %s: %s", right, consequence)
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, as the leader has them. Raises StoreFault."""
@@ -4057,6 +4086,8 @@ class Exporter:
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     said = f"The export cannot be kept ({reason(error)}); ask again later."
                     raise ExportFailed(said, retry_after=60) from None
+                if isinstance(error, Refused):
+                    raise ExportRefused("The user of the cluster lacks the right to back up: no export.") from None
                 raise ExportFailed("The export could not be built; ask again.") from None
 
     async def _write(self, snapshot: Snapshot) -> None:

@@ -2695,6 +2695,23 @@ async def test_what_waiting_does_not_mend_stops_the_start(launch: Launch, gather
     assert plain.sql("SELECT name FROM sqlite_master") == [("stranger",)]
 
 
+async def test_a_right_that_the_user_lacks_is_told_at_the_start(launch: Launch, gather: Gather, tmp_path: Path) -> None:
+    """The rest goes on without it; an export says why there is none, and not that asking again helps."""
+    users = [{"username": "us", "password": "p", "perms": ["query", "execute"]}, {"username": "*", "perms": ["ready"]}]
+    (tmp_path / "users.json").write_text(json.dumps(users))
+    cluster = await gather(1, "-auth", str(tmp_path / "users.json"))
+    process = await launch(database=cluster.url().replace("://", "://us:p@")).started()
+    log = process.log.read_text()
+    assert "lacks the right backup: /export is 503" in log
+    assert "lacks the right status: only the nodes in VINCACHE_DATABASE are known" in log
+    for _ in range(2):
+        assert (await ask(f"{process.url}/lookup/{TRUCK}"))[0] == 200
+    async with aiohttp.ClientSession() as client, client.get(f"{process.url}/export") as response:
+        detail = "The user of the cluster lacks the right to back up: there is no export."
+        assert (response.status, response.headers.get("Retry-After")) == (503, None)
+        assert await response.json() == {"detail": detail}
+
+
 async def test_an_older_cluster_is_migrated_once(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     """However many services start at the same time; its rows are kept."""
     caplog.set_level(logging.INFO)
