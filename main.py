@@ -4087,7 +4087,9 @@ class Exporter:
                     said = f"The export cannot be kept ({reason(error)}); ask again later."
                     raise ExportFailed(said, retry_after=60) from None
                 if isinstance(error, Refused):
-                    raise ExportRefused("The user of the cluster lacks the right to back up: no export.") from None
+                    raise ExportRefused(
+                        "The user of the cluster lacks the right to back up: there is no export."
+                    ) from None
                 raise ExportFailed("The export could not be built; ask again.") from None
 
     async def _write(self, snapshot: Snapshot) -> None:
