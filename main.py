@@ -3866,7 +3866,7 @@ class LimitedFile(io.FileIO):
     """A file that takes no more than `room` bytes."""
 
     def __init__(self, path: str, room: int) -> None:
-        super().__init__(path, "w")
+        super().__init__(path, "r+")  # not "w", because ext4 writes a truncated file to the disk when it is closed
         self._room = room
 
     def write(self, piece: Any) -> int:
