@@ -430,12 +430,12 @@ def describe_model_year(**kinds: dict[str, Any]) -> WithJsonSchema:
     )
 
 
-last = last_model_year()
-years = f"^(19[89][0-9]|20[0-{last // 10 % 10 - 1}][0-9]|20{last // 10 % 10}[0-{last % 10}])?$"
+LAST_YEAR = last_model_year()
+YEARS = f"^(19[89][0-9]|20[0-{LAST_YEAR // 10 % 10 - 1}][0-9]|20{LAST_YEAR // 10 % 10}[0-{LAST_YEAR % 10}])?$"
 ModelYear = Annotated[
     str,
     BeforeValidator(normalize_model_year),
-    describe_model_year(string={"pattern": years}, integer={"minimum": 1980, "maximum": last}),
+    describe_model_year(string={"pattern": YEARS}, integer={"minimum": 1980, "maximum": LAST_YEAR}),
 ]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
