@@ -1193,16 +1193,15 @@ class Rates:
 
 
 # ======================================================================================================================
-# Cache: all the SQL there is. `Cache` has the statements, a store carries them out: `FileStore` on one SQLite file, of
-# which one connection reads and another writes, so that a blocked write holds up no hit; `ClusterStore` on an rqlite
-# cluster. The cache is disposable, the service is not: whatever happens to the store costs warmth, never an answer.
+# Statements: all the SQL there is. It is the same for a file and for a cluster.
 # ======================================================================================================================
+
 
 SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text("utf-8")
-# What stands between these is one transaction.
+# What stands between BEGIN and COMMIT is one transaction.
 PRAGMAS, BEGIN, TABLES = SCHEMA.partition("BEGIN IMMEDIATE;")
 TABLES, COMMIT, _ = TABLES.partition("COMMIT;")
 
@@ -1212,8 +1211,8 @@ SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT count(*) FROM sqlite_master)
 """
 
-# By the schema that a database has, what goes before and behind the tables of schema.sql, in their transaction: a
-# process killed in the midst of it leaves the database as it was.
+# By the schema that a database has: what is executed before the tables of schema.sql are made, and after that. All is
+# one transaction, so that a process that is killed in the middle of it leaves the database as it was.
 MIGRATE = {
     0: ("DROP TABLE IF EXISTS vehicles", ""),
     1: (
@@ -1228,7 +1227,7 @@ MIGRATE = {
     ),
 }
 
-# Of those who upgrade a cluster at the same time, this fails all but the first.
+# Fails the transaction if another node has upgraded the database since its version was read.
 GUARD = """
 CREATE TABLE guard (found INTEGER, expected INTEGER, CHECK (found = expected));
 INSERT INTO guard SELECT user_version, %d FROM pragma_user_version;
@@ -1299,13 +1298,14 @@ LEFT JOIN attributes
 """  # noqa: S608 - our own column names
 
 SNAPSHOT = f"SELECT {', '.join(COLUMNS)} FROM vehicles"  # noqa: S608 - as above
-# Not NULL where none are kept: the exporting driver guesses types from the first rows, and a NULL says nothing.
+# An empty text in place of NULL, because the driver of the export guesses types from the first rows.
 SNAPSHOT_WITH_DETAILS = f"""
 SELECT {", ".join(COLUMNS)}, coalesce(attributes, '') AS attributes FROM records
 """  # noqa: S608 - as above
 
-# Any number of records at once: the columns, then the attributes, then the removal that was known when the fetching
-# began. What was decoded offline never replaces vPIC's word, and what was removed meanwhile is not put back.
+# Stores any number of records. Each comes with the last removal of its VIN that was known before vPIC was asked: if
+# there is another one by now, the record is not stored, because its VIN was removed meanwhile. A record that was
+# decoded offline never replaces one of vPIC's.
 STORE = f"""
 INSERT INTO records ({", ".join(Record._fields)})
 SELECT {", ".join(f"value ->> {index}" for index in range(len(Record._fields)))}
@@ -1320,8 +1320,8 @@ UPDATE vehicles SET expires_at = max(expires_at, ?)
 WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
 """
 
-# A removal is remembered for as long as a fetching that began before it may last. It always differs from the one before
-# it, however the clocks of several machines go, and also if it is carried out once more, later.
+# `removed_at` strictly grows for each VIN, so that a call to vPIC that began earlier can always be told apart, whatever
+# the clocks of several machines say, and also if the statement is carried out twice.
 REMOVAL = """
 INSERT INTO removals (vin, removed_at) VALUES (?, ?)
 ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.removed_at)
@@ -1329,37 +1329,43 @@ ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.remove
 REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
 REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
-REMOVALS_KEPT = 3600  # seconds
+REMOVALS_KEPT_S = 3600  # longer than any call to vPIC that began before the removal
 
 CLOCK = "SELECT unixepoch()"
-CLOCK_TOLERANCE = 60  # seconds that a machine's clock may differ from the store's without a warning
+CLOCK_TOLERANCE_S = 60  # by which a machine's clock may differ from the store's without a warning
 
 # The next 1,000 rows after a VIN: the last of them, and how many have been expired for too long.
-BITE = """
+COUNT_EXPIRED = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
 FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
 """
-SWEEP = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
+DELETE_EXPIRED = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 
-# More than a page, really written: it finds a locked file, a read-only one and a full disk.
+# Writes more than a page, so that it fails if the file is locked or read-only, or the disk is full.
 PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) VALUES ('', '', hex(zeroblob(4096)))"
+
+# ======================================================================================================================
+# Stores: what carries the statements out. `FileStore` does it on one SQLite file, with one connection that reads and
+# another that writes, so that a write that waits for a lock holds up no hit. `ClusterStore` does it on an rqlite
+# cluster. The cache is disposable: if a store fails, answers go out uncached, and nothing else is lost.
+# ======================================================================================================================
 
 Rows = list[tuple[Any, ...]]
 Statement = tuple[str, Sequence[Any]]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
-    """A statement was not carried out, for all that is known. The text is the reason, which anybody may read: it names
-    no path and no host."""
+    """A statement was not carried out, as far as is known. The text is the reason. It names no path and no host,
+    because /readyz says it to anybody."""
 
 
 class Store(Protocol):
-    """What carries the statements out, each as a transaction."""
+    """Carries statements out."""
 
     name: str
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows, with all in them that was written before. Raises StoreFault."""
+        """The rows, as all writes before have left them. Raises StoreFault."""
 
     async def write(self, *statements: Statement) -> Rows:
         """Carry the statements out as one transaction; the rows that the last one returns. Raises StoreFault.
@@ -1979,26 +1985,33 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
     return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
 
 
+# ======================================================================================================================
+# Cache: the statements as verbs, over whichever store. A read that fails finds nothing, a write that fails raises
+# CacheUnavailable.
+# ======================================================================================================================
+
 READ_TIMEOUT_S = 5  # a store that hangs for so long cannot be read; a cluster gives up by itself before that
-FEW = 16  # hits for which a statement may wait for others: in a crowd turns are long, and it has enough
+# With fewer hits waiting than this, the next statement waits two turns of the loop for more. With more, turns are long,
+# and the statement carries enough.
+MERGE_MAX = 16
 
 
 class Cache:
-    """The statements, as verbs. What can't be read is not there; what can't be written raises CacheUnavailable."""
+    """What is known of the questions that were asked before."""
 
     def __init__(self, store: Store, grace: float) -> None:
         self._store = store
-        self._grace = grace
+        self._grace = grace  # seconds after its end for which a row of vPIC's is served
         self._reading, self._writing = [
             Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
             for done in ("read", "written")
         ]
-        self._clock_differs = False
-        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []
-        self._answering: asyncio.Task[None] | None = None
+        self._clock_differs = False  # this machine's from the store's
+        self._asked: list[tuple[Question, asyncio.Future[Answer | None]]] = []  # hits that wait for the next statement
+        self._answering: asyncio.Task[None] | None = None  # the statement that is under way
         self._checks = Tasks()
-        self._checking: asyncio.Task[str] | None = None
-        self._checked_at = -math.inf
+        self._checking: asyncio.Task[str] | None = None  # the last check
+        self._checked_at = -math.inf  # when it ended (monotonic)
 
     async def _timed(self, work: Awaitable[Rows]) -> Rows:
         started, outcome = time.perf_counter(), "failed"
@@ -2029,7 +2042,7 @@ class Cache:
         return rows
 
     def hit(self, question: Question) -> asyncio.Future[Answer | None]:
-        """What is cached, or None. Who comes while a statement is under way shares the next one."""
+        """What is cached, or None. Hits that come while a statement is under way share the next one."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._asked.append((question, answer))
         if self._answering is None:
@@ -2038,18 +2051,18 @@ class Cache:
 
     async def _answer(self, turns: int = 0) -> None:
         for _ in range(turns):
-            if len(self._asked) < FEW:
+            if len(self._asked) < MERGE_MAX:
                 await asyncio.sleep(0)
         asked, self._asked = self._asked, []
         found: dict[Question, Answer] = {}
         try:
             found = await self.answers([question for question, _ in asked])
-        finally:  # whatever happened, nobody is left waiting
+        finally:  # also after an error, so that no caller waits for ever
             for question, answer in asked:
                 if not answer.done():  # else its caller has left
                     answer.set_result(found.get(question))
-            # Two turns of the loop, no timer: who was told just now is answered first, and who comes meanwhile shares
-            # the next statement, too. That is worth a fifth.
+            # Before the next statement, yield to the loop twice: the requests just answered send their responses, and
+            # new ones come and share it. That makes a fifth more hits a second.
             self._answering = asyncio.create_task(self._answer(turns=2)) if self._asked else None
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
@@ -2070,13 +2083,13 @@ class Cache:
         )
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
-        """The rows of those that have one, fresh or not; and of all, which removal was the last of its VIN."""
+        """The rows of those that have one, fresh or not; and for all, the last removal of the VIN."""
         rows = await self._read(RECORDS, (json.dumps(questions),))
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
-        """Insert or replace the rows, each unless there was another removal than the one given; if that fails, they
-        are not cached. Returns within the store's patience: `busy_timeout` or CLUSTER_TIMEOUT_S."""
+        """Store the records, each with the last removal that was known before vPIC was asked. If that fails, they are
+        not cached. Returns within `busy_timeout` or CLUSTER_TIMEOUT_S."""
         rows = json.dumps([(*record, removal) for record, removal in records])
         with suppress(CacheUnavailable):  # logged where it was raised
             await self._write((STORE, (rows,)))
@@ -2087,15 +2100,15 @@ class Cache:
             await self._write((EXTEND, (expires_at, json.dumps(questions))))
 
     async def remove(self, vin: str) -> bool:
-        """Whether a row was there, fresh or not; it is no more, and no fetching under way puts it back.
+        """Remove the rows of a VIN, and have no call that is under way store it. Whether there was a row.
 
-        Raises CacheUnavailable, and then nothing was removed from a file; from a cluster, it may have been."""
+        Raises CacheUnavailable. Then nothing was removed from a file; from a cluster it may have been."""
         # One transaction, because a lookup that reads between the two would take the row for one of after the removal.
         now = await self._clock() or int(time.time())
         return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,))))
 
     async def removal(self, question: Question) -> int | None:
-        """Which removal was the last of this VIN."""
+        """The last removal of the question's VIN, or None."""
         rows = await self._read(REMOVED_AT, (vin_of(question),))
         return rows[0][0] if rows else None
 
@@ -2109,13 +2122,13 @@ class Cache:
 
     async def _sweep_once(self, now: float, keep_expired: float) -> None:
         last, cutoff = "", now - keep_expired
-        while (bite := await self._read(BITE, (cutoff, last))) and bite[0][0] is not None:
+        while (bite := await self._read(COUNT_EXPIRED, (cutoff, last))) and bite[0][0] is not None:
             [(upto, expired)] = bite
             if expired:
-                await self._write((SWEEP, (last, upto, cutoff)))
+                await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
             last = upto
-            await asyncio.sleep(0.05)  # the next bite can wait; a lookup can't
-        await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT) * 10**9,)))
+            await asyncio.sleep(0.05)  # lookups come first
+        await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT_S) * 10**9,)))
 
     async def _clock(self) -> int | None:
         """The store's clock (unix seconds), or None if it can't be read. What is deleted goes by it, because the clock
@@ -2125,7 +2138,7 @@ class Cache:
             return None
         clock: int = rows[0][0]
         ahead = time.time() - clock
-        if (abs(ahead) > CLOCK_TOLERANCE) != self._clock_differs:
+        if (abs(ahead) > CLOCK_TOLERANCE_S) != self._clock_differs:
             self._clock_differs = not self._clock_differs
             if self._clock_differs:
                 log.warning(
@@ -2136,9 +2149,9 @@ class Cache:
         return clock
 
     async def check(self) -> str:
-        """`ok` if the store can be read and written just now, else the reason why not.
+        """`ok` if the store can be read and written, else the reason why not.
 
-        However many ask, one finds out at a time, and what it found holds for a second."""
+        One check serves all who ask while it runs, and for a second after that."""
         if self._checking is None or (self._checking.done() and time.monotonic() > self._checked_at + 1):
             self._checking = self._checks.start(self._check())
         return await asyncio.shield(self._checking)
@@ -2152,7 +2165,7 @@ class Cache:
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """For an export: the URI of a database with all that was stored before. Raises StoreFault."""
+        """The URI of a database with all that was stored before, for an export. Raises StoreFault."""
         return self._store.open_copy()
 
     async def report_damage(self, cause: str) -> None:
@@ -3586,96 +3599,96 @@ async def as_csv(
 
 VERSION = "1.0.0"  # of this service; each export tells it
 
-EXPORT_SILENCE = 30  # seconds; pieces come some tenths of a second apart: a process silent for so long hangs
+EXPORT_TIMEOUT_S = 30  # from one batch of rows to the next, some tenths of a second later: a silent process hangs
 SNAPSHOT_FRESH = 60  # seconds for which those who read by pieces begin with the snapshot that is kept
 SNAPSHOT_KEPT = 300  # seconds; they may go on with it for so long, and it is kept until nobody has for so long
 
 
-def serve_exports() -> None:
-    """The exporting process: for each order on stdin, a line of JSON, a Parquet file on stdout.
+class LimitedFile(io.FileIO):
+    """A file that takes no more than `room` bytes."""
 
-    The file comes in frames, each 4 bytes of length and so many bytes; after an empty one, the last frame says what
-    went wrong, and is empty too if nothing did. It runs alone in a fresh interpreter, from this function's source as
-    it was when the service started: to load the service too would take 35 MB and half a second."""
-    import io
-    import json
-    import os
-    import signal
-    import sys
+    def __init__(self, path: str, room: int) -> None:
+        super().__init__(path, "w")
+        self._room = room
 
-    import adbc_driver_manager
+    def write(self, piece: Any) -> int:
+        if self.tell() + len(piece) > self._room:
+            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
+        return super().write(piece)
+
+
+def write_export(
+    database: str, query: str, path: str, room: int, compression: Any, batch_rows: int, footer: dict[Any, Any]
+) -> None:
+    """Write the rows to a Parquet file, and print an empty line for each batch of them."""
     import adbc_driver_sqlite.dbapi
     import pandas as pd
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; this process ends when the server does
+    time_type = pa.timestamp("s", "UTC")
+    special: dict[str, pa.DataType] = {"decoded": pa.bool_(), "fetched_at": time_type, "expires_at": time_type}
+    with (
+        io.BufferedWriter(LimitedFile(path, room), 2**18) as file,
+        adbc_driver_sqlite.dbapi.connect(database) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": batch_rows})
+        cursor.execute(query)  # one statement, so one consistent snapshot
+        rows = cursor.fetch_record_batch()
+        # The driver guesses a column's type from its values, and an empty table has none.
+        schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
+        types = {field.name: pd.ArrowDtype(field.type) for field in schema}
+        # The rows come in the order of their VINs, all different: statistics serve a search for those, and for times,
+        # a dictionary serves a column whose values come again.
+        repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
+        searched = ["vin", "fetched_at", "expires_at"]
+        with ParquetWriter(
+            file, schema, compression=compression, use_dictionary=repeating, write_statistics=searched
+        ) as parquet:
+            for batch in rows:
+                frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
+                if "attributes" in frame:
+                    frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
+                parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+                print(flush=True)
+
+
+def serve_exports() -> None:
+    """The exporting process. Each line of stdin is an order: the arguments of `write_export` as JSON. Its answer is a
+    line: [0, ""], [0, what SQLite says] or the number and the sentence of a file's error.
+
+    It ends when the server has ended, because it can't read or print then."""
+    import adbc_driver_manager
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then ends this process
     if hasattr(os, "nice"):
         os.nice(5)  # lookups come first, but an export under load still ends
-
-    special: dict[str, pa.DataType] = {
-        "decoded": pa.bool_(),
-        "fetched_at": pa.timestamp("s", "UTC"),
-        "expires_at": pa.timestamp("s", "UTC"),
-    }
-
-    def send(frame: bytes) -> None:
-        sys.stdout.buffer.write(len(frame).to_bytes(4, "big") + frame)
-        sys.stdout.buffer.flush()
-
-    class Frames(io.RawIOBase):
-        def writable(self) -> bool:
-            return True
-
-        def write(self, piece: "Any") -> int:
-            send(bytes(piece))
-            return len(bytes(piece))
-
-    def write(database: str, query: str, compression: "Any", batch_rows: int, footer: "Any") -> None:
-        with (
-            adbc_driver_sqlite.dbapi.connect(database) as connection,
-            connection.cursor() as cursor,
-            io.BufferedWriter(Frames(), 2**18) as out,
-        ):
-            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": batch_rows})
-            cursor.execute(query)  # one statement, so one consistent snapshot
-            rows = cursor.fetch_record_batch()
-            # The driver guesses a column's type from what is in it; an empty table says nothing.
-            schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
-            types = {field.name: pd.ArrowDtype(field.type) for field in schema}
-            # The rows come in the order of their VINs, all different: statistics serve a search for those, and for
-            # times, a dictionary serves a column whose values come again.
-            repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
-            with ParquetWriter(
-                out,
-                schema,
-                compression=compression,
-                use_dictionary=repeating,
-                write_statistics=["vin", "fetched_at", "expires_at"],
-            ) as parquet:
-                for batch in rows:
-                    frame = batch.to_pandas(types_mapper=pd.ArrowDtype).astype(types)
-                    if "attributes" in frame:
-                        frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
-                    parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
-
     for order in sys.stdin:
+        fault: tuple[int, str] = 0, ""
         try:
-            write(**json.loads(order))
-            fault = ""
+            write_export(**json.loads(order))
         except adbc_driver_manager.Error as error:
-            fault = str(error)[:1000]
-        except OSError:
-            os._exit(1)  # the server has gone
-        send(b"")
-        send(fault.encode())
+            fault = 0, str(error)[:1000]
+        except OSError as error:
+            fault = error.errno or errno.EIO, error.strerror or str(error)
+        print(json.dumps(fault), flush=True)
 
 
-EXPORT_PROGRAM = f"{inspect.getsource(serve_exports)}\nserve_exports()"  # now: the file may be replaced while we run
+# The process runs in a fresh interpreter, because to load the service too would take 35 MB and half a second. The
+# source is read at the start, because the file may be replaced while the service runs.
+EXPORT_PROGRAM = "\n".join(
+    (
+        "import errno, io, json, os, signal, sys",
+        "from typing import Any",
+        *(inspect.getsource(part) for part in (LimitedFile, write_export, serve_exports)),
+        "serve_exports()",
+    )
+)
 
 
-class Kind(NamedTuple):
-    """Of what kind an export is."""
+class ExportKind(NamedTuple):
+    """What a client may choose of an export."""
 
     compression: str
     details: bool
@@ -3688,24 +3701,18 @@ class Snapshot:
     def __init__(self, folder: Path) -> None:
         self.taken, self.age_began = time.time(), time.monotonic()
         self.etag = f'"{secrets.token_hex(16)}"'
-        self.size = 0
         self.file, self.path = tempfile.mkstemp(".parquet", "vincache-", folder)
-        self._folder = folder
         if os.path.exists("/proc/self/fd"):
             os.unlink(self.path)
-            self.path = f"/proc/self/fd/{self.file}"
+            # By the number of this process, because the exporting process opens the file too.
+            self.path = f"{os.path.realpath('/proc/self/fd')}/{self.file}"
         else:
             weakref.finalize(self, os.unlink, self.path)
-        weakref.finalize(self, os.close, self.file)  # the last one runs first
+        weakref.finalize(self, os.close, self.file)  # finalizers run in reverse order: close, then unlink
 
-    def write(self, piece: bytes, others: int) -> None:
-        """Raises OSError where there is no room, also if this one and the bytes of the others would take more than half
-        of what is free without them: the database needs the same disk."""
-        if self.size + others + len(piece) > shutil.disk_usage(self._folder).free:
-            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
-        self.size += len(piece)
-        while piece:
-            piece = piece[os.write(self.file, piece) :]
+    @property
+    def size(self) -> int:
+        return os.fstat(self.file).st_size
 
     def is_older_than(self, seconds: float) -> bool:
         return time.monotonic() > self.age_began + seconds
@@ -3723,9 +3730,9 @@ class Exporter:
         self._process: asyncio.subprocess.Process | None = None
         self._building = asyncio.Lock()
         self._builds: set[asyncio.Task[Snapshot]] = set()
-        self._queued: dict[Kind, asyncio.Task[Snapshot]] = {}
-        self._kept: dict[Kind, asyncio.Task[Snapshot]] = {}
-        self._releases: dict[Kind, asyncio.TimerHandle] = {}
+        self._queued: dict[ExportKind, asyncio.Task[Snapshot]] = {}
+        self._kept: dict[ExportKind, asyncio.Task[Snapshot]] = {}
+        self._releases: dict[ExportKind, asyncio.TimerHandle] = {}
 
     async def __aenter__(self) -> "Exporter":
         return self
@@ -3739,7 +3746,7 @@ class Exporter:
         await asyncio.gather(*self._builds, return_exceptions=True)
         await self._stop()
 
-    async def new(self, kind: Kind) -> Snapshot:
+    async def new(self, kind: ExportKind) -> Snapshot:
         """The table as a Parquet file, at least as new as this call. Raises ExportFailed.
 
         Who comes while one is built shares the next: however many wait, only two of a kind are there at a time."""
@@ -3748,7 +3755,7 @@ class Exporter:
             self._keep(kind, build)
         return await asyncio.shield(build)
 
-    async def kept(self, kind: Kind, seconds: float, count: Callable[[], Awaitable[None]]) -> Snapshot:
+    async def kept(self, kind: ExportKind, seconds: float, count: Callable[[], Awaitable[None]]) -> Snapshot:
         """The snapshot that is kept; if it is older than that, a new one, which counts. Raises ExportFailed."""
         build = self._find(kind, seconds)
         if build is None:
@@ -3757,7 +3764,7 @@ class Exporter:
         self._keep(kind, build)
         return await asyncio.shield(build)
 
-    def _queue(self, kind: Kind) -> asyncio.Task[Snapshot]:
+    def _queue(self, kind: ExportKind) -> asyncio.Task[Snapshot]:
         if kind not in self._queued:
             build = self._queued[kind] = asyncio.create_task(self._build_in_turn(kind))
             self._builds.add(build)
@@ -3765,21 +3772,21 @@ class Exporter:
             build.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._queued[kind]
 
-    def _find(self, kind: Kind, seconds: float) -> asyncio.Task[Snapshot] | None:
+    def _find(self, kind: ExportKind, seconds: float) -> asyncio.Task[Snapshot] | None:
         """What is kept, or being built to be, unless it is older than that."""
         build = self._kept.get(kind)
         if build is None or not build.done():
             return build
         return None if build.exception() or build.result().is_older_than(seconds) else build
 
-    def _keep(self, kind: Kind, build: asyncio.Task[Snapshot]) -> None:
+    def _keep(self, kind: ExportKind, build: asyncio.Task[Snapshot]) -> None:
         """Keep it until nobody has asked for it for a while."""
         self._kept[kind] = build
         if kind in self._releases:
             self._releases[kind].cancel()
         self._releases[kind] = asyncio.get_running_loop().call_later(SNAPSHOT_KEPT, self._kept.pop, kind, None)
 
-    async def _build_in_turn(self, kind: Kind) -> Snapshot:
+    async def _build_in_turn(self, kind: ExportKind) -> Snapshot:
         async with self._building:
             del self._queued[kind]  # whoever comes from here on may have stored what this snapshot will lack
             try:
@@ -3796,31 +3803,29 @@ class Exporter:
                     await self._cache.report_damage(str(error))
             raise failure  # outside of the except: it would keep the error, whose frames keep the file open
 
-    async def _build(self, kind: Kind) -> Snapshot:
-        """The file, as the exporting process writes it.
+    async def _build(self, kind: ExportKind) -> Snapshot:
+        """Have the exporting process write the file.
 
-        Raises sqlite3.DatabaseError with what that process says of the database, and OSError (TimeoutError is one),
-        EOFError or NotImplementedError if it says nothing at all; StoreFault if there is nothing to read."""
+        Raises what that process answers: OSError, or sqlite3.DatabaseError with what SQLite says. Raises OSError
+        (TimeoutError is one), EOFError or NotImplementedError if it does not answer, and StoreFault if there is nothing
+        to read."""
         if self._process is None or self._process.returncode is not None:
+            pipe = asyncio.subprocess.PIPE
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                EXPORT_PROGRAM,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=2**19,
+                sys.executable, "-c", EXPORT_PROGRAM, stdin=pipe, stdout=pipe, stderr=pipe
             )
-        orders = cast(asyncio.StreamWriter, self._process.stdin)
-        frames = cast(asyncio.StreamReader, self._process.stdout)
         snapshot = Snapshot(self._folder)  # now: all that was stored before will be in it
+        taken_up = sum(other.size for other in self._alive)
         self._alive.add(snapshot)
         async with self._cache.open_copy() as database:
             order = {
                 "database": database,
                 "query": SNAPSHOT_WITH_DETAILS if kind.details else SNAPSHOT,
+                "path": snapshot.path,
+                # All exports together may take half of the room that there is without them.
+                "room": (shutil.disk_usage(self._folder).free - taken_up) // 2,
                 "compression": kind.compression,
-                # More take more memory, fewer more time; with details, a row is six times as large.
+                # More rows take more memory, fewer take more time; with details, a row is six times as large.
                 "batch_rows": 8192 if kind.details else 65536,
                 "footer": {
                     "vincache.version": VERSION,
@@ -3828,20 +3833,23 @@ class Exporter:
                     "vincache.snapshot": utc(snapshot.taken),
                 },
             }
-            orders.write(f"{json.dumps(order)}\n".encode())
-            while piece := await self._receive(frames):
-                others = sum(other.size for other in self._alive if other is not snapshot)
-                async with asyncio.timeout(EXPORT_SILENCE):  # a disk may hang
-                    await asyncio.to_thread(snapshot.write, piece, others)
-            if fault := await self._receive(frames):
-                raise sqlite3.DatabaseError(fault.decode())
-            return snapshot
+            code, sentence = await self._carry_out(self._process, order)
+        if code:
+            raise OSError(code, sentence)
+        if sentence:
+            raise sqlite3.DatabaseError(sentence)
+        return snapshot
 
     @staticmethod
-    async def _receive(frames: asyncio.StreamReader) -> bytes:
-        async with asyncio.timeout(EXPORT_SILENCE):
-            size = int.from_bytes(await frames.readexactly(4), "big")
-            return await frames.readexactly(size)
+    async def _carry_out(process: asyncio.subprocess.Process, order: dict[str, Any]) -> tuple[int, str]:
+        """The answer of the exporting process."""
+        cast(asyncio.StreamWriter, process.stdin).write(f"{json.dumps(order)}\n".encode())
+        line = b"\n"
+        while line == b"\n":  # it has written a batch
+            async with asyncio.timeout(EXPORT_TIMEOUT_S):
+                line = await cast(asyncio.StreamReader, process.stdout).readuntil()
+        code, sentence = json.loads(line)
+        return code, sentence
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
@@ -4515,7 +4523,7 @@ async def export(request: Request, compression: Compression = "zstd", details: D
     async def count() -> None:
         await request.state.access.count(request.scope, "export", 1)
 
-    kind = Kind(compression, details)
+    kind = ExportKind(compression, details)
     if plain := is_whole_download(request.scope):
         await count()
         snapshot = await exporter.new(kind)
