@@ -440,12 +440,12 @@ def describe_model_year(**kinds: dict[str, Any]) -> WithJsonSchema:
     )
 
 
-last = last_model_year()
-years = f"^(19[89][0-9]|20[0-{last // 10 % 10 - 1}][0-9]|20{last // 10 % 10}[0-{last % 10}])?$"
+LAST_YEAR = last_model_year()
+YEARS = f"^(19[89][0-9]|20[0-{LAST_YEAR // 10 % 10 - 1}][0-9]|20{LAST_YEAR // 10 % 10}[0-{LAST_YEAR % 10}])?$"
 ModelYear = Annotated[
     str,
     BeforeValidator(normalize_model_year),
-    describe_model_year(string={"pattern": years}, integer={"minimum": 1980, "maximum": last}),
+    describe_model_year(string={"pattern": YEARS}, integer={"minimum": 1980, "maximum": LAST_YEAR}),
 ]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
@@ -948,6 +948,7 @@ def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
     log.filters[:] = [mask_record]
     log.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").filters[:] = [explain_cancellation]
+    logging.getLogger("uvicorn.access").filters[:] = [is_no_health_check]
 
 
 def explain_cancellation(record: logging.LogRecord) -> bool:
@@ -955,6 +956,14 @@ def explain_cancellation(record: logging.LogRecord) -> bool:
     if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
         record.msg, record.args, record.exc_info = "request cut off: --timeout-graceful-shutdown is over", None, None
     return True
+
+
+HEALTH_CHECK = re.compile(r'"(GET|HEAD) [^ ?]*/(healthz|readyz|metrics)(\?\S*)? HTTP/\S+" 200$')
+
+
+def is_no_health_check(record: logging.LogRecord) -> bool:
+    """A filter: health checks and scrapes that are answered with 200 have no line. They are thousands a day."""
+    return HEALTH_CHECK.search(record.getMessage()) is None
 
 
 MetricsReader = Callable[[str], tuple[bytes, str]]  # from the header Accept to a body and its content type

@@ -1204,6 +1204,49 @@ async def test_with_workers_readmes_file_gives_all_lines_the_form_of_one_process
     assert "parent process" in lines
 
 
+@pytest.mark.parametrize("workers", [1, 2], ids=["one process", "two workers"])
+async def test_health_checks_stay_out_of_the_access_log(launch: Launch, workers: int) -> None:
+    """As long as they are answered with 200, in every form of their address; all else is logged."""
+    pytest.importorskip("opentelemetry.exporter.prometheus")
+    process = await launch("--workers", f"{workers}", "--root-path", "/vin", vpic_url="", metrics=True).started(workers)
+    quiet = ["/healthz", "/readyz", "/metrics", "/api/v1/readyz", "/healthz?probe=/lookup"]
+    loud = [
+        f"/lookup/{TRUCK}",
+        "/lookup?vin=/healthz",
+        "/lookup/healthz",
+        "/healthz/",
+        "/nowhere/metrics",
+        "/docs?/readyz",
+    ]
+    async with opened(process.url) as client:
+        for _ in range(4):  # each worker gets some
+            for path in quiet + loud:
+                for method in ("GET", "HEAD"):
+                    async with client.request(method, path, allow_redirects=False) as response:
+                        assert (response.status == 200) >= (path in quiet), path
+        async with client.post("/healthz"):
+            pass
+    process.signal(signal.SIGTERM)
+    await process.ended()
+    lines = Counter(re.findall(r'"(\w+ \S+) HTTP', process.log.read_text()))
+    paths = {*(f"{method} {path}" for path in loud for method in ("GET", "HEAD")), "POST /healthz"}
+    assert {line.replace(" /vin/", " /") for line in lines} == paths
+    assert sum(lines.values()) == 8 * len(loud) + 1
+
+
+async def test_a_failed_health_check_is_in_the_access_log(launch: Launch, tmp_path: Path) -> None:
+    """Of a service that is unready, and of metrics that are switched off."""
+    process = await launch(vpic_url="", busy_timeout=0.1).started()
+    await asyncio.sleep(1.1)  # the cache is checked once a second
+    with locked(tmp_path / "cache.db"):
+        assert (await ask(f"{process.url}/readyz"))[0] == 503
+    assert (await ask(f"{process.url}/metrics"))[0] == 404
+    process.signal(signal.SIGTERM)
+    await process.ended()
+    log = process.log.read_text()
+    assert re.findall(r'"GET (\S+) HTTP/1.1" (\d+)', log) == [("/readyz", "503"), ("/metrics", "404")]
+
+
 async def test_log_has_a_line_per_failed_call_and_per_turn_of_the_breaker(
     start: Start, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture
 ) -> None:
