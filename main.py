@@ -2488,6 +2488,8 @@ class Breaker:
         """Count the outcome of a call that is made in the body. Raises VpicUnavailable if no call may be made."""
         if refusal := self.refusal():
             raise refusal
+        if not self.closed and len(questions) > 1:  # it waited for the rate while the breaker opened: one VIN suffices
+            raise VpicUnavailable(LEFT_ALONE, retry_after=1)
         is_probe = self._probing = not self.closed
         try:
             yield

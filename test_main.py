@@ -5434,6 +5434,8 @@ class Life(RuleBasedStateMachine):
         self.check()
 
     def check(self) -> None:
+        if not self.simulation.lookups._vpic.breaker.closed and not self.simulation.vpic.breaker_is_open:
+            self.simulation.complain("the breaker is open although vPIC has not failed so often")
         if self.simulation.complaints:
             Life.failed_first = Life.failed_first or Life.lives
             raise AssertionError("\n".join(self.simulation.complaints[:5]))
