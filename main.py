@@ -1155,8 +1155,7 @@ class Rates:
             self._storage = storage
 
     async def __aenter__(self) -> "Rates":
-        storage = self._storage
-        if storage is not None:
+        if (storage := self._storage) is not None:
             try:
                 await self._shared(lambda: storage.get("vincache"))
             except TypeError as error:  # the URL has an option that redis does not know
@@ -2229,9 +2228,7 @@ class Cache:
     async def lines(self, questions: Sequence[Question], form: LineForm) -> dict[Question, tuple[str, Line]]:
         """The cached lines of a batch, each with its outcome (hit or stale)."""
         rows = await self._cached(LINES[form], questions)
-        if form.is_csv:
-            return {row[0]: (row[1], [*row[2:]]) for row in rows}
-        return {question: (outcome, line) for question, outcome, line in rows}
+        return {question: (outcome, line if form.is_csv else line[0]) for question, outcome, *line in rows}
 
     async def _cached(self, statement: str, questions: Sequence[Question]) -> Rows:
         return await self._read(
@@ -2569,7 +2566,6 @@ class Vpic:
 
         Raises VpicUnavailable by `deadline` (loop time), after all retries. The wait of a `patient` caller for our own
         rate, up to a minute, does not count: it moves the deadline."""
-        has_turn = patient
         if patient:
             seconds = deadline - asyncio.get_running_loop().time()
             await self._keep_to_rate(math.inf)
@@ -2583,9 +2579,8 @@ class Vpic:
             wait_max=1,
         ):
             with attempt:
-                if not has_turn:
+                if not patient or attempt.num > 1:
                     await self._keep_to_rate(deadline)
-                has_turn = False
                 with self.breaker.watch_call(questions):
                     return await self._logged_call(questions, deadline)
         raise AssertionError  # the loop returns or raises
@@ -2765,20 +2760,20 @@ def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
 
 
 # ======================================================================================================================
-# Lookups: how a question comes to its answer. `Scheduler` does no I/O: it decides which tickets go into the next call
-# to vPIC. `Lookups` reads the cache, makes the calls, and answers without vPIC where vPIC can't be used or waited for.
-# Every lookup ends: with an answer, or with one clear error.
+# Lookups: from a question to its answer. `Scheduler` decides, without I/O, which tickets go into the next call to vPIC.
+# `Lookups` reads the cache, makes the calls, and answers without vPIC if vPIC can't be used or the time is over. Each
+# lookup ends with an answer or with one clear error.
 # ======================================================================================================================
 
 
 class Found(NamedTuple):
-    """A record that answers a question, and where it came from: hit, vpic, stale or offline."""
+    """A record that answers a question, and its source: hit, vpic, stale or offline."""
 
     record: Record
     outcome: str
 
 
-# What a waiter gets: an answer, or the reason why there is none.
+# What a waiter gets: an answer, or the error.
 Outcome = Found | VpicUnavailable
 
 
@@ -2788,35 +2783,35 @@ class TicketState(Enum):
     DONE = "done"
 
 
-NOT_READ = -1  # as a ticket's `removal`: it was not read yet
+NOT_READ = -1  # for a ticket's `removal` before it is read
 
 
 class Ticket:
-    """A question on its way to vPIC. Everybody who asks it in the meantime shares the ticket, each as a `Waiter`.
+    """A question for vPIC. All lookups and lines that ask it at the same time share the ticket, each by a `Waiter`.
 
-    | state   | where the ticket is              | what moves it on                                                    |
-    |---------|----------------------------------|---------------------------------------------------------------------|
-    | WAITING | in the queues of all its waiters | `Scheduler.take_calls` takes it into a call: CALLED                 |
-    |         |                                  | its last waiter leaves: DONE                                        |
-    | CALLED  | with the one task of that call   | a row of vPIC's was stored meanwhile: DONE                          |
-    |         |                                  | vPIC answers, and the record is stored, or could not be: DONE       |
-    |         |                                  | the call fails: WAITING again where another call may help; else     |
-    |         |                                  | DONE, and its waiters are answered without vPIC                     |
-    |         |                                  | the task ends in any other way: DONE, with a failure                |
-    | DONE    | nowhere                          |                                                                     |
+    | state   | where the ticket is    | what happens                                           | next state           |
+    |---------|------------------------|--------------------------------------------------------|----------------------|
+    | WAITING | in the queues of its   | `Scheduler.take_calls` takes it into a call            | CALLED               |
+    |         | waiters                | its last waiter leaves                                 | DONE                 |
+    | CALLED  | in the task of one     | the cache has a row from vPIC by now                   | DONE                 |
+    |         | call                   | vPIC answers, and the store has stored that, or failed | DONE                 |
+    |         |                        | the call fails, and some waiters wait for another call | WAITING              |
+    |         |                        | the call fails, and none of the waiters does           | DONE                 |
+    |         |                        | the task is cancelled, or fails because of a bug       | DONE, with a failure |
+    | DONE    | nowhere                |                                                        |                      |
     """
 
     def __init__(self, question: Question, details: bool) -> None:
         self.question = question
-        self.details = details  # a waiter wants the attributes: a row without them is no answer
+        self.details = details  # a waiter wants the attributes, so a row without them does not answer it
         self.state = TicketState.WAITING
-        self.waiters: dict[Waiter, None] = {}  # a dict, because it keeps their order
-        self.task: asyncio.Task[None] | None = None  # of the last call that it went into
-        self.removal: int | None = NOT_READ  # the last removal of the VIN, read just before vPIC is asked
-        self.removal_read = asyncio.Event()  # that was done, or the call is over
+        self.waiters: dict[Waiter, None] = {}  # in the order in which they joined
+        self.task: asyncio.Task[None] | None = None  # the task of its last call
+        self.removal: int | None = NOT_READ  # the last removal of the VIN, as it was read just before the call
+        self.removal_read = asyncio.Event()  # set when `removal` is read, or the call is over
         self.found: Found | None = None  # vPIC's answer, while it is being stored
-        self.alone = False  # a call for several VINs failed, and this VIN may be why: it needs a call of its own
-        self.failures = 0  # calls that failed, and no other VIN can be why
+        self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
+        self.failures = 0  # failed calls for which no other VIN can be the reason
 
 
 class Queue:
@@ -2831,9 +2826,6 @@ class Queue:
     def __iter__(self) -> Iterator[Ticket]:
         return iter(self._tickets)
 
-    def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self._tickets
-
     def add(self, ticket: Ticket, first: bool = False) -> None:
         self._tickets.setdefault(ticket)
         if first:
@@ -2844,90 +2836,86 @@ class Queue:
 
 
 class Waiter:
-    """A lookup or a line of a batch that shares a ticket. A refresh and a confirmation have a waiter too, which holds
-    their ticket in its queue, and whose outcome nobody reads."""
+    """A lookup or a line of a batch that waits for a ticket. A refresh and a confirmation have a waiter too, because a
+    ticket without waiters would leave its queue. Nobody reads their outcome."""
 
     def __init__(self, ticket: Ticket, queue: Queue) -> None:
         self.ticket = ticket
-        self.queue = queue  # whose turn the ticket may use for this waiter
+        self.queue = queue  # in which the ticket waits for this waiter
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
     def resolve(self, outcome: Outcome) -> None:
-        """Give the waiter its outcome, unless it has one. The first one counts."""
+        """Give the waiter its outcome, unless it has one."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
 
 class Call(NamedTuple):
-    """Tickets that go to vPIC together, and whether no lookup waits for them."""
+    """Tickets that go to vPIC together."""
 
     tickets: list[Ticket]
-    background: bool
+    background: bool  # they were taken from the queue of a batch, of refreshes or of confirmations
 
 
 class Scheduler:
     """Decides which tickets go into the next calls to vPIC.
 
-    Lookups come first. A lookup that finds a free place is called alone and at once. When all places are taken,
-    lookups share the next calls. A call then takes min(50, ceil(waiting / free places), 2 * ceil(waiting / all places))
-    of them: the first term empties the queue with the places that are free now, the second one keeps a place that
-    frees alone from taking nearly all.
+    Lookups come first. If a place is free, a lookup has a call to itself at once. If none is, the lookups that wait
+    share the next calls. A call takes min(50, ceil(waiting / free places), 2 * ceil(waiting / all places)) of them:
+    with the second number the free places empty the queue, and the third one keeps a single free place from taking
+    nearly all.
 
-    What lookups leave, half of the places at most, is for the background. Batches and refreshes take turns: in each
-    round every batch has one call, and then the refreshes have one. Confirmations come when nothing else waits."""
+    Then comes the background, which may have half of the places. Batches and refreshes take turns: in each round each
+    batch has one call, and then the refreshes have one. Confirmations are called when nothing else waits."""
 
     def __init__(self, places: int) -> None:
         self.places = places  # calls that may be under way at once
-        self.free_places = places  # of them
-        self.free_for_background = max(1, places // 2)  # how many more of them the background may take
+        self.free_places = places  # places without a call
+        self.free_for_background = max(1, places // 2)  # calls that the background may add to those under way
         self.lookups = Queue()
-        self.refreshes = Queue()  # rows that were served in their grace
-        self.confirmations = Queue()  # rows that were decoded offline
-        self.batches: list[Queue] = []  # one for each batch under way; the one that was served last is at the end
-        self._round: list[Queue] = []  # those that have not had their turn in this round
+        self.refreshes = Queue()  # for rows that were served in their grace
+        self.confirmations = Queue()  # for rows that were decoded offline
+        self.batches: list[Queue] = []  # one for each batch under way; the one that was called last is the last
+        self._round: list[Queue] = []  # the queues that have not had their turn in this round
 
     @property
     def is_idle(self) -> bool:
-        """Whether the background has a free place and nothing for it."""
+        """Whether a call of the background could be made, but nothing waits."""
         queues = (self.lookups, self.refreshes, self.confirmations, *self.batches)
         return self.free_places > 0 and self.free_for_background > 0 and not any(queues)
 
-    def join(self, ticket: Ticket, queue: Queue) -> Waiter:
-        waiter = Waiter(ticket, queue)
-        ticket.waiters[waiter] = None
-        if ticket.state is TicketState.WAITING:
-            queue.add(ticket)
-        return waiter
+    def join(self, waiter: Waiter) -> None:
+        waiter.ticket.waiters[waiter] = None
+        if waiter.ticket.state is TicketState.WAITING:
+            waiter.queue.add(waiter.ticket)
 
     def leave(self, waiter: Waiter) -> None:
-        """Take the waiter off its ticket, and the ticket out of its queue unless another waiter is there for it."""
+        """Remove the waiter from its ticket, and the ticket from the queue unless another waiter has it there."""
         waiter.ticket.waiters.pop(waiter, None)
         if not any(other.queue is waiter.queue for other in waiter.ticket.waiters):
             waiter.queue.discard(waiter.ticket)
 
     def put_back(self, ticket: Ticket, first: bool) -> None:
-        """Let a ticket that was called wait again, at the front or at the end of the queues it came from."""
+        """Let a ticket wait again after a call, at the front or at the end of the queues of its waiters."""
         ticket.state, ticket.removal = TicketState.WAITING, NOT_READ
         ticket.removal_read.clear()
         for waiter in ticket.waiters:
             waiter.queue.add(ticket, first)
 
     def hand_over(self, ticket: Ticket, other: Ticket) -> None:
-        """Let all who wait for a ticket wait for another one of the same question."""
+        """Move the waiters of a ticket to another ticket of the same question."""
         for waiter in ticket.waiters:
             waiter.ticket = other
-            other.waiters[waiter] = None
-            if other.state is TicketState.WAITING:
-                waiter.queue.add(other)
+            self.join(waiter)
         other.details |= ticket.details
         ticket.waiters = {}
 
     def waiters(self, queues: Iterable[Queue]) -> list[Waiter]:
-        """Everybody who waits in these queues."""
+        """The waiters whose tickets are in these queues."""
         return [waiter for queue in queues for ticket in queue for waiter in ticket.waiters if waiter.queue is queue]
 
     def take_calls(self, most: int) -> Iterator[Call]:
-        """The next calls, of `most` tickets each at the most. Each one takes a place until `free` gives it back."""
+        """The next calls, each with up to `most` tickets. A call has a place until `free` is called."""
         waiting = len(self.lookups)
         size = min(most, math.ceil(waiting / max(1, self.free_places)), 2 * math.ceil(waiting / self.places))
         while self.free_places and self.lookups:
@@ -2940,14 +2928,14 @@ class Scheduler:
         self.free_for_background += call.background
 
     def _next_turn(self) -> Queue | None:
-        """Whose turn it is, of those who have anything to ask."""
+        """The queue of the background whose turn it is; None if all are empty."""
         self._round = [queue for queue in self._round if queue] or [
             queue for queue in (*self.batches, self.refreshes) if queue
         ]
         if not self._round:
-            return self.confirmations if self.confirmations else None
+            return self.confirmations or None
         queue = self._round.pop(0)
-        if queue in self.batches:  # the last one in the next round
+        if queue in self.batches:
             self.batches.remove(queue)
             self.batches.append(queue)
         return queue
@@ -2956,12 +2944,12 @@ class Scheduler:
         tickets: list[Ticket] = []
         vins: set[str] = set()
         for ticket in queue:
-            if ticket.alone and tickets:
+            if ticket.needs_own_call and tickets:
                 continue
-            if vin_of(ticket.question) not in vins:  # vPIC's answer names the VIN, but not the year it was asked with
+            if vin_of(ticket.question) not in vins:  # vPIC's answer has the VIN, but not the year that was asked
                 tickets.append(ticket)
                 vins.add(vin_of(ticket.question))
-            if ticket.alone or len(tickets) == size:
+            if ticket.needs_own_call or len(tickets) == size:
                 break
         for ticket in tickets:
             ticket.state = TicketState.CALLED
@@ -2977,46 +2965,45 @@ class Batch:
 
     def __init__(self, form: LineForm, patience: float | None) -> None:
         self.form = form
-        # Seconds for which a line waits for vPIC before it is answered without it. None: until vPIC is given up.
-        self.patience = patience
-        self.queue = Queue()  # of the lines for which vPIC is needed
-        self.lines: deque[Line | Waiter] = deque()  # in the order of the rows: a line, or who waits for its outcome
-        self.waiters: set[Waiter] = set()  # all who wait, also those that are not in `lines` yet
-        self.outcomes: Counter[str] = Counter()  # of the lines for which vPIC was needed
+        self.patience = patience  # seconds after which a line is answered without vPIC; None: see `Vpic.is_given_up`
+        self.queue = Queue()  # tickets of the lines that are not cached
+        self.lines: deque[Line | Waiter] = deque()  # in the order of the rows: a line, or the waiter that it needs
+        self.waiters: set[Waiter] = set()  # all waiters, also those that are not in `lines` yet
+        self.outcomes: Counter[str] = Counter()  # of the lines that were not cached
 
     @property
-    def can_go_on(self) -> bool:
-        """Whether the next line is there."""
+    def has_next_line(self) -> bool:
         return bool(self.lines) and (not isinstance(self.lines[0], Waiter) or self.lines[0].outcome.done())
 
 
-WINDOW = 100  # lines of a batch at once: a single hit waits no longer than these take
+WINDOW = 100  # lines of a batch that are made in one step, for which a hit may have to wait
 AHEAD = 500  # lines of a batch that are looked up before the first of them is answered
-BACKGROUND_MOST = 10_000  # tickets that wait without a caller; what is left out is a stale or unconfirmed row still
-STAND_IN_S = 0.5  # at the end of a lookup's time, in which it is answered without vPIC
-LOST_S = 60  # after which a line of a batch that still waits makes sure that somebody works on it
-CONFIRM_S = 60  # after which the cache is asked again for unconfirmed rows, if it had none
+BACKGROUND_MOST = 10_000  # tickets in a queue of the background; further rows stay stale or unconfirmed for now
+WITHOUT_VPIC_S = 0.5  # the last part of a lookup's time, in which it is answered without vPIC
+LOST_S = 60  # from one check to the next whether a line of a batch waits in vain because of a bug
+CONFIRM_S = 60  # from one look for unconfirmed rows to the next, if there were none
 
 
 class Lookups:
-    """Every lookup goes through here. Use it as `async with`: at its end, nothing begins any more."""
+    """Makes all lookups. Use it as `async with`."""
 
     def __init__(self, cache: Cache, vpic: Vpic, settings: Settings) -> None:
         self._cache = cache
         self._vpic = vpic
         self._settings = settings
         self._scheduler = Scheduler(settings.vpic_concurrency)
-        # The last part of a lookup's time, and of the time before it: a call that fails by then is answered by itself.
-        self._reserve = min(STAND_IN_S, settings.vpic_timeout / 16)
-        self._tickets: dict[Question, Ticket] = {}  # by question the ticket that a new waiter joins
+        # Seconds before its end after which a lookup no longer waits for vPIC. A call ends twice as early, so that a
+        # lookup can be answered when its call fails.
+        self._reserve_s = min(WITHOUT_VPIC_S, settings.vpic_timeout / 16)
+        self._tickets: dict[Question, Ticket] = {}  # the tickets that new waiters may join
         self._tasks = Tasks()  # calls, answers without vPIC, and claims of unconfirmed rows
-        self._impatient: list[Waiter] = []  # who would rather be answered without vPIC, until `_schedule` sees them
-        self._overdue: list[Waiter] = []  # lookups whose time is nearly over, until `_schedule` sees them
+        self._impatient: list[Waiter] = []  # their patience is over; `_schedule` empties the list
+        self._overdue: list[Waiter] = []  # lookups whose time is nearly over; `_schedule` empties the list
         self._scheduled: asyncio.Handle | None = None  # the next `_schedule`
-        self._timer: asyncio.TimerHandle | None = None  # for the time when vPIC may be tried again
+        self._timer: asyncio.TimerHandle | None = None  # wakes `_schedule` if nothing else does before
         self._claim_at = 0.0  # when unconfirmed rows are claimed next, if nothing else waits (loop time)
         self._claiming = False  # a claim is under way
-        self._closed = False  # nothing begins any more
+        self._closed = False  # no task begins any more
 
     async def __aenter__(self) -> "Lookups":
         self._wake()
@@ -3031,44 +3018,41 @@ class Lookups:
         for waiter in scheduler.waiters([scheduler.lookups, *scheduler.batches]):
             waiter.resolve(bug_failure())
 
-    async def hit(self, question: Question) -> Answer | None:
-        """The cached answer. A row in its grace is served too, and is asked anew behind the answer."""
-        cached = await self._cache.hit(question)
-        return None if cached is None else self._serve(question, cached)
-
-    def _serve(self, question: Question, cached: Answer) -> Answer:
-        if cached.outcome == "stale":
-            self._refresh(question)
-        lookups_counter.add(1, {"outcome": cached.outcome})
+    async def hit(self, question: Question, details: bool = False) -> Answer | None:
+        """The cached answer. If its row is stale, vPIC is asked in the background."""
+        if details:
+            cached = (await self._cache.answers([question], details)).get(question)
+        else:
+            cached = await self._cache.hit(question)
+        if cached is not None:
+            if cached.outcome == "stale":
+                self._ask_in_background([question], self._scheduler.refreshes)
+            lookups_counter.add(1, {"outcome": cached.outcome})
         return cached
 
     async def lookup(self, question: Question, details: bool = False, patience: float | None = None) -> Answer:
-        """The answer to one question, within `vpic_timeout`; after `patience` (seconds) also one without vPIC, if there
-        is any. Raises VpicUnavailable if there is none."""
+        """The answer to one question, within `vpic_timeout`. After `patience` (seconds) it may be one without vPIC.
+        Raises VpicUnavailable if there is no answer."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        give_up_at = began + self._settings.vpic_timeout - self._reserve
+        give_up_at = began + self._settings.vpic_timeout - self._reserve_s
         try:
             async with asyncio.timeout_at(give_up_at):
-                if details:
-                    cached = (await self._cache.answers([question], details)).get(question)
-                    if cached is not None:
-                        return self._serve(question, cached)
-                elif answer := await self.hit(question):
-                    return answer
+                if cached := await self.hit(question, details):
+                    return cached
                 waiter = await self._join(question, details, self._scheduler.lookups)
         except TimeoutError:  # the store does not answer
             waiter = Waiter(Ticket(question, details), self._scheduler.lookups)
         try:
             if patience is not None and began + patience < give_up_at:
                 await self._wait(waiter, began + patience)
-                self._hurry([waiter])
+                self._end_patience([waiter])
             await self._wait(waiter, give_up_at)
             self._give_up(waiter)
-            await self._wait(waiter, loop.time() + STAND_IN_S)
+            await self._wait(waiter, loop.time() + WITHOUT_VPIC_S)
         finally:
-            self._let_go(waiter)
-        outcome = waiter.outcome.result() if waiter.outcome.done() else overdue(waiter.ticket)
+            self._release(waiter)
+        outcome = waiter.outcome.result() if waiter.outcome.done() else overdue_failure(waiter.ticket)
         lookups_counter.add(1, {"outcome": outcome_name(outcome)})
         if isinstance(outcome, VpicUnavailable):
             raise outcome.about(vin_of(question))
@@ -3078,45 +3062,48 @@ class Lookups:
 
     @staticmethod
     async def _wait(waiter: Waiter, moment: float) -> None:
-        """Wait for the outcome, until this moment (loop time) at the latest."""
+        """Wait for the outcome, until `moment` (loop time) at the latest."""
         if not waiter.outcome.done():
             await asyncio.wait([waiter.outcome], timeout=max(0, moment - asyncio.get_running_loop().time()))
 
     async def _join(self, question: Question, details: bool, queue: Queue) -> Waiter:
-        """Wait for the ticket of this question, or for a new one if there is none that may answer it."""
+        """A new waiter of the question's ticket. If there is none, or the VIN was removed since its call began, make a
+        new ticket."""
         while (ticket := self._tickets.get(question)) and ticket.state is TicketState.CALLED:
             await ticket.removal_read.wait()
             removal = await self._cache.removal(question)
-            # Both take time: meanwhile the ticket may be done or wait again, or another one may be in its place.
+            # During these two awaits the ticket may have changed its state or been replaced by another one.
             if self._tickets.get(question) is ticket and ticket.state is TicketState.CALLED:
                 if ticket.removal == removal:
                     break
-                del self._tickets[question]  # what it is answered with was removed since; its own waiters keep it
+                del self._tickets[question]  # its waiters, who came before the removal, get its outcome all the same
         if ticket is None:
             ticket = self._tickets[question] = Ticket(question, details)
         ticket.details |= details
-        waiter = self._scheduler.join(ticket, queue)
+        waiter = Waiter(ticket, queue)
+        self._scheduler.join(waiter)
         if self._closed:
             waiter.resolve(bug_failure())
         self._wake()
         return waiter
 
     def _leave(self, waiter: Waiter) -> None:
-        """Wait no longer. A ticket that nobody waits for is not asked."""
+        """Remove a waiter. If its ticket waits and has no other waiter, vPIC is not asked."""
         self._scheduler.leave(waiter)
         ticket = waiter.ticket
         if ticket.state is TicketState.WAITING and not ticket.waiters:
             self._end(ticket)
 
-    def _let_go(self, waiter: Waiter) -> None:
-        """A caller is gone. If it was answered without vPIC, its waiter stays: vPIC's answer shall replace that one."""
+    def _release(self, waiter: Waiter) -> None:
+        """Remove the waiter of a caller that is gone. But if the caller was answered without vPIC, its waiter stays,
+        because vPIC's answer has to replace that answer in the cache."""
         outcome = waiter.outcome.result() if waiter.outcome.done() and not waiter.outcome.cancelled() else None
         answered_early = isinstance(outcome, Found) and waiter in waiter.ticket.waiters
         if not answered_early or len(waiter.queue) > BACKGROUND_MOST:
             self._leave(waiter)
 
     def _end(self, ticket: Ticket, outcome: Outcome | None = None) -> None:
-        """The ticket is done: those who still wait for it get this outcome."""
+        """End a ticket. Its waiters get this outcome, if there is one."""
         ticket.state = TicketState.DONE
         ticket.removal_read.set()
         if self._tickets.get(ticket.question) is ticket:
@@ -3126,58 +3113,45 @@ class Lookups:
                 waiter.resolve(outcome)
         ticket.waiters.clear()
 
-    def _hurry(self, waiters: Iterable[Waiter]) -> None:
-        """The patience of these is over: they would rather have an answer without vPIC."""
-        for waiter in waiters:
-            if not waiter.outcome.done():
-                self._impatient.append(waiter)
-                self._wake()
+    def _end_patience(self, waiters: Iterable[Waiter]) -> None:
+        """Answer these without vPIC if there is such an answer. Else they go on waiting."""
+        self._impatient += [waiter for waiter in waiters if not waiter.outcome.done()]
+        self._wake()
 
     def _give_up(self, waiter: Waiter) -> None:
-        """A lookup can wait for vPIC no longer: it gets vPIC's answer if that is only being stored, else another."""
+        """Answer a lookup whose time is over: with vPIC's answer if that is just being stored, else without vPIC."""
         if waiter.ticket.found:
             waiter.resolve(waiter.ticket.found)
         elif not waiter.outcome.done():
             self._overdue.append(waiter)
             self._wake()
 
-    def _refresh(self, question: Question) -> None:
-        """Ask vPIC anew, when no lookup and no batch needs it."""
-        self._ask_behind([question], self._scheduler.refreshes)
-
-    def _ask_behind(self, questions: Iterable[Question], queue: Queue) -> None:
-        """Ask vPIC for nobody: the answer is stored."""
+    def _ask_in_background(self, questions: Iterable[Question], queue: Queue) -> None:
+        """Ask vPIC only to store its answers."""
         for question in questions:
             if question not in self._tickets and len(queue) < BACKGROUND_MOST and not self._closed:
                 ticket = self._tickets[question] = Ticket(question, details=False)
-                self._scheduler.join(ticket, queue)
+                self._scheduler.join(Waiter(ticket, queue))
                 self._wake()
 
     # -- Calling vPIC --------------------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        """Have `_schedule` run, after all who come or go in this turn of the loop."""
+        """Run `_schedule` in the next turn of the loop, once for all that happens in this one."""
         if self._scheduled is None and not self._closed:
             self._scheduled = asyncio.get_running_loop().call_soon(self._schedule)
 
     def _wake_in(self, seconds: float) -> None:
-        """Have `_schedule` run in some seconds, unless it is to run earlier."""
-        loop = asyncio.get_running_loop()
-        if self._timer and self._timer.when() > loop.time() + seconds:
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None:
-            self._timer = loop.call_later(seconds, self._wake_up)
-
-    def _wake_up(self) -> None:
-        self._timer = None
-        self._wake()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._wake)
 
     def _schedule(self) -> None:
-        """Start what can be started now: calls to vPIC, and answers without vPIC."""
+        """Start all calls to vPIC and answers without vPIC that can begin now."""
         self._scheduled = None
         if self._closed:
             return
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
         impatient, self._impatient = [waiter for waiter in self._impatient if not waiter.outcome.done()], []
         overdue, self._overdue = self._overdue, []
         if impatient:
@@ -3188,7 +3162,7 @@ class Lookups:
         if refusal:
             self._refuse(refusal)
             return
-        # To find out whether vPIC is there again, one VIN has to wait for it, not fifty.
+        # A call that probes vPIC has one ticket, because the others would wait for vPIC in vain if it still fails.
         for call in self._scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
             task = self._start(self._call_vpic(call))
             for ticket in call.tickets:
@@ -3202,7 +3176,7 @@ class Lookups:
                 self._start(self._claim_unconfirmed())
 
     def _refuse(self, refusal: VpicUnavailable) -> None:
-        """vPIC is not asked now. Lookups and refreshes don't wait for it, nor do batches once it is given up."""
+        """While vPIC is not called, answer lookups without it, and batches too if vPIC is given up; drop refreshes."""
         scheduler = self._scheduler
         queues = [scheduler.lookups, scheduler.refreshes]
         refused = scheduler.waiters([*queues, *scheduler.batches] if self._vpic.is_given_up() else queues)
@@ -3214,7 +3188,7 @@ class Lookups:
             self._wake_in(refusal.retry_after or 1)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Do it in a task of its own: no waiter that leaves can cancel it."""
+        """Do the work in a task, which goes on when a waiter leaves."""
 
         async def logged() -> None:
             try:
@@ -3225,12 +3199,12 @@ class Lookups:
         return self._tasks.start(logged())
 
     async def _call_vpic(self, call: Call) -> None:
-        """Ask vPIC, and end the tickets of the call, whatever happens."""
+        """Make a call. Afterwards none of its tickets is left in it, whatever happens."""
         try:
             await self._ask_and_store(call)
         finally:
             for ticket in call.tickets:
-                # One that was put back may be in another call by now.
+                # The second condition, because a ticket that was put back may be in another call now.
                 if ticket.state is TicketState.CALLED and ticket.task is asyncio.current_task():
                     self._end(ticket, ticket.found or bug_failure())
 
@@ -3240,9 +3214,10 @@ class Lookups:
         records: dict[Question, Record] = {}
         tickets = call.tickets
         try:
-            # Lookups that share a call wait no longer than one that is alone. The call ends before they give up.
-            is_short = len(tickets) == 1 or not call.background
-            seconds = self._settings.vpic_timeout - 2 * self._reserve if is_short else self._settings.vpic_batch_timeout
+            # A call ends before its lookups give up.
+            seconds = self._settings.vpic_timeout - 2 * self._reserve_s
+            if len(tickets) > 1 and call.background:
+                seconds = self._settings.vpic_batch_timeout
             deadline = asyncio.get_running_loop().time() + seconds
             tickets, records = await self._skip_cached(tickets, deadline)
             if tickets:
@@ -3250,17 +3225,17 @@ class Lookups:
                 decoded = await self._vpic.decode(questions, deadline, patient=call.background)
         except VpicUnavailable as error:
             failure = error
-        finally:  # before anything is stored: the place is for vPIC
+        finally:  # before the answers are stored, because others may call vPIC meanwhile
             self._scheduler.free(call)
             self._wake()
         await self._store_and_answer([ticket for ticket in tickets if ticket.question in decoded], decoded)
         unanswered = [ticket for ticket in tickets if ticket.question not in decoded]
-        waiters = self._give_back(unanswered, failure, shared=len(tickets) > 1)
-        if waiters:
+        if waiters := self._requeue(unanswered, failure, shared=len(tickets) > 1):
             await self._answer_without_vpic(waiters, failure, records)
 
     async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> tuple[list[Ticket], dict[Question, Record]]:
-        """Answer those for which a row of vPIC's was stored since they looked. The others, and the rows they have."""
+        """End the tickets for which the cache has a fresh row from vPIC by now. Returns the other tickets, and all rows
+        of their questions."""
         records, removals = dict[Question, Record](), dict[Question, int | None]()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
@@ -3277,7 +3252,7 @@ class Lookups:
         return rest, records
 
     async def _store_and_answer(self, tickets: list[Ticket], decoded: dict[Question, Words]) -> None:
-        """Store what vPIC said, then give it to those who wait."""
+        """Store vPIC's answers, then end their tickets."""
         records = []
         for ticket in tickets:
             record = self._make_record(ticket.question, decoded[ticket.question], "vpic")
@@ -3287,39 +3262,39 @@ class Lookups:
         for ticket in tickets:
             self._end(ticket, ticket.found)
 
-    def _give_back(self, tickets: list[Ticket], failure: VpicUnavailable, shared: bool) -> list[Waiter]:
-        """After a failed call, let those tickets wait again for which another call may help. Returns who is to be
-        answered without vPIC."""
+    def _requeue(self, tickets: list[Ticket], failure: VpicUnavailable, shared: bool) -> list[Waiter]:
+        """After a failed call, let its tickets wait again if another call may succeed. Returns the waiters that are to
+        be answered without vPIC."""
         refused: list[Waiter] = []
-        for ticket in reversed(tickets):  # the first one is put back last, so it is the first again
-            if failure.failure.blames_vin and shared and ticket.waiters:  # another VIN may be why
-                ticket.alone = True
-                self._wait_again(ticket, first=True)
+        for ticket in reversed(tickets):  # so that the first ticket, which is put back last, is the first again
+            if failure.failure.blames_vin and shared and ticket.waiters:
+                ticket.needs_own_call = True
+                self._put_back(ticket, first=True)
                 continue
-            left_alone = not self._vpic.breaker.closed
-            if left_alone:  # vPIC fails, whatever it is asked
-                patient = not self._vpic.is_given_up()
+            is_open = not self._vpic.breaker.closed
+            if is_open:
+                batches_wait = not self._vpic.is_given_up()
             else:
                 ticket.failures += 1
-                patient = ticket.failures == 1 and failure.failure.blames_vpic
-            waiting_on = [self._scheduler.confirmations] if left_alone else []
-            if patient:
+                batches_wait = ticket.failures == 1 and failure.failure.blames_vpic
+            waiting_on = [self._scheduler.confirmations] if is_open else []
+            if batches_wait:
                 waiting_on += self._scheduler.batches
             for waiter in [*ticket.waiters]:
                 if waiter.queue not in waiting_on:
                     self._leave(waiter)
                     refused.append(waiter)
             if ticket.waiters:
-                self._wait_again(ticket, first=left_alone)
+                self._put_back(ticket, first=is_open)
             else:
                 self._end(ticket)
         self._wake()
-        # Nobody waits for a confirmation: its row is there already.
+        # Without the waiters of confirmations, because their rows are in the cache already.
         unanswered = (waiter for waiter in refused if waiter.queue is not self._scheduler.confirmations)
         return [waiter for waiter in unanswered if not waiter.outcome.done()]
 
-    def _wait_again(self, ticket: Ticket, first: bool) -> None:
-        """Let a ticket that was called wait again; if there is a newer one of its question, its waiters go there."""
+    def _put_back(self, ticket: Ticket, first: bool) -> None:
+        """Let a ticket wait again after a call. If its question has a newer ticket, its waiters move to that one."""
         newer = self._tickets.setdefault(ticket.question, ticket)
         if newer is ticket:
             self._scheduler.put_back(ticket, first)
@@ -3336,11 +3311,11 @@ class Lookups:
     def _make_record(
         self, question: Question, words: Words, source: Literal["vpic", "offline"], life: float = 0
     ) -> Record:
-        """The row for what was decoded. An offline one is asked of vPIC again when its life (seconds) is over."""
+        """The row for a decoded VIN. If it was decoded offline, vPIC is asked after `life` seconds."""
         now = time.time()
         if source == "vpic":
             life = self._settings.ttl if is_decodable(words) else self._settings.invalid_ttl
-            # By the VIN up to a tenth less: what was fetched in one minute does not end in one minute.
+            # Up to a tenth less, depending on the VIN, because rows that are stored together would expire together.
             life *= 1 - zlib.crc32(question.encode()) / 2**32 / 10
         return Record(
             **words,
@@ -3352,7 +3327,7 @@ class Lookups:
         )
 
     async def _claim_unconfirmed(self) -> None:
-        """Take the next unconfirmed rows to ask vPIC for. While vPIC is left alone, one of them probes it."""
+        """Claim unconfirmed rows and ask vPIC for them; for one row if the call is the breaker's probe."""
         questions: list[Question] = []
         most = VPIC_VINS if self._vpic.breaker.closed else 1
         try:
@@ -3361,7 +3336,7 @@ class Lookups:
             self._claiming = False
             self._claim_at = asyncio.get_running_loop().time() + (0 if questions else CONFIRM_S)
             self._wake()
-        self._ask_behind(questions, self._scheduler.confirmations)
+        self._ask_in_background(questions, self._scheduler.confirmations)
 
     # -- Answers without vPIC ------------------------------------------------------------------------------------------
 
@@ -3372,30 +3347,31 @@ class Lookups:
         records: dict[Question, Record] | None = None,
         is_final: bool = True,
     ) -> None:
-        """Answer with the row, also an expired one, else offline, else with the failure. Without a failure, that of
-        the ticket is told; and where it is not final, those for whom there is no answer go on waiting."""
+        """Answer with the row, which may be expired, else offline, else with the failure. If `failure` is None, it is
+        that of an overdue lookup. If not `is_final`, waiters without an answer go on waiting. `records` are the rows,
+        if they were read before a call."""
         try:
-            # A VIN that vPIC was asked for, and did not answer, is not asked again too soon.
+            # If vPIC was asked for a VIN and did not answer, it is not asked again too soon.
             life = self._settings.offline_ttl if records is not None and failure and failure.failure.blames_vin else 0
-            seconds = STAND_IN_S * 0.4 if is_final and failure is None else None  # an overdue lookup has no more time
-            found, removals = await self._find_stand_ins(waiters, records, life, seconds)
+            # An overdue lookup has no more time than this.
+            seconds = WITHOUT_VPIC_S * 0.4 if is_final and failure is None else None
+            found, removals = await self._find_without_vpic(waiters, records, life, seconds)
             with suppress(TimeoutError):  # the statement goes on
                 async with asyncio.timeout(seconds):
-                    await self._store_stand_ins(found, removals)
+                    await self._store_without_vpic(found, removals)
             for waiter in waiters:
-                if stand_in := found.get(waiter.ticket.question):
-                    waiter.resolve(stand_in)
+                if answer := found.get(waiter.ticket.question):
+                    waiter.resolve(answer)
                 elif is_final:
-                    waiter.resolve(failure or overdue(waiter.ticket))
+                    waiter.resolve(failure or overdue_failure(waiter.ticket))
         finally:
             for waiter in waiters if is_final else ():
                 waiter.resolve(failure or bug_failure())
 
-    async def _find_stand_ins(
+    async def _find_without_vpic(
         self, waiters: list[Waiter], records: dict[Question, Record] | None, life: float, seconds: float | None
     ) -> tuple[dict[Question, Found], dict[Question, int | None]]:
-        """What there is without vPIC, by question; and the last removals of their VINs. The cache is given so many
-        seconds."""
+        """The answers without vPIC, and the last removals of their VINs. The cache is given so many seconds."""
         detailed = {waiter.ticket.question: waiter.ticket.details for waiter in waiters}
         removals = {waiter.ticket.question: waiter.ticket.removal for waiter in waiters}
         if records is None:
@@ -3409,20 +3385,20 @@ class Lookups:
                 found[question] = Found(record, "hit" if record.answers(now, detailed[question]) else "stale")
         if self._settings.offline and (unknown := [question for question in detailed if question not in found]):
             for question, words in (await asyncio.to_thread(decode_offline, unknown)).items():
-                # Never "undecodable" by offline data while vPIC is configured, because vPIC may know the VIN.
+                # While vPIC is configured, "undecodable" is no answer, because vPIC may know the VIN.
                 if is_decodable(words) or self._vpic.is_off:
                     found[question] = Found(self._make_record(question, words, "offline", life), "offline")
         return found, removals
 
-    async def _store_stand_ins(self, found: dict[Question, Found], removals: dict[Question, int | None]) -> None:
-        """Store what was decoded offline. Expired rows count as fresh for `stale_ttl`: so long vPIC is not asked."""
+    async def _store_without_vpic(self, found: dict[Question, Found], removals: dict[Question, int | None]) -> None:
+        """Store the rows that were decoded offline. Extend stale rows by `stale_ttl`, so that vPIC is not asked again
+        at once."""
         offline = [(new.record, removals.get(q)) for q, new in found.items() if new.outcome == "offline"]
         if offline:
             await self._store(offline)
-            self._claim_at = 0  # they are unconfirmed
+            self._claim_at = 0  # because these rows are unconfirmed
             self._wake()
-        stale = [question for question, old in found.items() if old.outcome == "stale"]
-        if stale:
+        if stale := [question for question, old in found.items() if old.outcome == "stale"]:
             await self._cache.extend(stale, math.ceil(time.time() + self._settings.stale_ttl))
 
     # -- Batches -------------------------------------------------------------------------------------------------------
@@ -3430,10 +3406,10 @@ class Lookups:
     async def batch(
         self, windows: AsyncIterator[list[Row]], form: LineForm, patience: float | None = None
     ) -> AsyncIterator[list[Line]]:
-        """The lines for the rows, in their order, some at a time, each as soon as it and those before it are known.
+        """The lines for the rows, in their order. Each is yielded as soon as it and those before it are known.
 
-        A line waits for vPIC for `patience` (seconds), then it is answered without vPIC if it can be. While vPIC is
-        left alone, a line waits until a call has failed VPIC_BATCH_TIMEOUT after the first failure."""
+        If a line has waited for vPIC for `patience` (seconds), it is answered without vPIC if there is such an answer.
+        Without a patience, lines wait until `Vpic.is_given_up`."""
         batch = Batch(form, patience)
         self._scheduler.batches.append(batch.queue)
         try:
@@ -3443,7 +3419,7 @@ class Lookups:
                     yield cast(list[Line], lines)
                     continue
                 batch.lines += lines
-                while batch.can_go_on or len(batch.lines) > AHEAD:
+                while batch.has_next_line or len(batch.lines) > AHEAD:
                     yield await self._next_lines(batch)
             while batch.lines:
                 yield await self._next_lines(batch)
@@ -3458,15 +3434,15 @@ class Lookups:
                 log.log(level, "batch answered in part without vPIC: %s", counted)
 
     async def _next_lines(self, batch: Batch) -> list[Line]:
-        """Up to a window of lines. Waits for the first of them if need be."""
+        """Up to WINDOW lines. Wait for the first one if it is not known."""
         lines: list[Line] = []
         if isinstance(batch.lines[0], Waiter):
             await self._wait_for_line(batch.lines[0])
-        while batch.can_go_on and len(lines) < WINDOW:
+        while batch.has_next_line and len(lines) < WINDOW:
             line = batch.lines.popleft()
             if isinstance(line, Waiter):
-                self._let_go(line)
-                if line not in line.ticket.waiters:
+                self._release(line)
+                if line not in line.ticket.waiters:  # else it leaves with the batch
                     batch.waiters.discard(line)
                 outcome = line.outcome.result()
                 batch.outcomes[outcome_name(outcome)] += 1
@@ -3476,7 +3452,7 @@ class Lookups:
         return lines
 
     async def _wait_for_line(self, waiter: Waiter) -> None:
-        """Wait for a line as long as somebody works on it: a bug may cost a minute, but no batch hangs for ever."""
+        """Wait for the outcome. If a bug has lost the ticket, end after LOST_S, because the batch would else hang."""
         while not waiter.outcome.done():
             await asyncio.wait([waiter.outcome], timeout=LOST_S)
             if not waiter.outcome.done() and self._is_lost(waiter):
@@ -3490,11 +3466,11 @@ class Lookups:
         return ticket.task is None or ticket.task.done()
 
     async def _look_up(self, rows: Sequence[Row], batch: Batch) -> list[Line | Waiter]:
-        """For each row its line if it is known, else who waits for it."""
+        """For each row its line if it is cached or the VIN is bad, else a waiter."""
         asked: list[Question] = []
         lines: list[Line | Waiter] = [""] * len(rows)
         for index, (vin, model_year, _) in enumerate(rows):
-            if not model_year and is_normal(vin):  # most are, and need no more
+            if not model_year and is_normal(vin):  # for speed, because most rows are like this
                 asked.append(vin)
                 continue
             try:
@@ -3510,13 +3486,13 @@ class Lookups:
                 outcome, lines[index] = found
                 outcomes[outcome] += 1
                 if outcome == "stale":
-                    self._refresh(question)
+                    self._ask_in_background([question], self._scheduler.refreshes)
             elif question:
                 waiter = lines[index] = await self._join(question, batch.form.details, batch.queue)
                 waiters.append(waiter)
                 batch.waiters.add(waiter)
         if waiters and batch.patience is not None:
-            asyncio.get_running_loop().call_later(batch.patience, self._hurry, waiters)
+            asyncio.get_running_loop().call_later(batch.patience, self._end_patience, waiters)
         for outcome, times in outcomes.items():
             lookups_counter.add(times, {"outcome": outcome})
         return lines
@@ -3525,20 +3501,20 @@ class Lookups:
 WITHOUT_VPIC = ("failed", "offline", "stale")
 
 
-def overdue(ticket: Ticket) -> VpicUnavailable:
-    """The failure of a lookup that can't wait any longer."""
+def overdue_failure(ticket: Ticket) -> VpicUnavailable:
+    """The failure of a lookup whose time is over."""
     if ticket.state is TicketState.WAITING:
         return VpicUnavailable(CROWDED, retry_after=1)
     return VpicUnavailable(TOO_LATE)
 
 
 def bug_failure() -> VpicUnavailable:
-    """The failure of a lookup that a bug, or the end of the service, leaves without an answer."""
+    """The failure of a lookup that has no answer because of a bug or because the service ends."""
     return VpicUnavailable(SERVICE_FAULT, retry_after=1)
 
 
 def outcome_name(outcome: Outcome) -> str:
-    """What the metric counts it as."""
+    """The name of an outcome in the metrics."""
     if isinstance(outcome, VpicUnavailable):
         return "failed"
     return outcome.outcome if outcome.record.decoded or outcome.outcome != "vpic" else "undecodable"
