@@ -2143,6 +2143,7 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
 # ======================================================================================================================
 
 READ_TIMEOUT_S = 5  # a read that takes longer fails; it is longer than CLUSTER_TIMEOUT_S
+WRITE_TIMEOUT_S = 60  # after which nobody waits for a write any longer, because the disk hangs; the write may go on
 # If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
 # begins at once, because turns are long then and the statement is large enough.
 MERGE_MAX = 16
@@ -2189,9 +2190,10 @@ class Cache:
 
     async def _write(self, *statements: Statement, settle: bool = False) -> Rows:
         try:
-            rows = await self._timed(self._store.write(*statements, settle=settle))
-        except StoreFault as fault:
-            self._writing.begin(str(fault))
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                rows = await self._timed(self._store.write(*statements, settle=settle))
+        except (StoreFault, TimeoutError) as fault:
+            self._writing.begin(str(fault) or "no answer in time")
             raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
         self._writing.end()
         return rows
