@@ -3469,7 +3469,7 @@ class Lookups:
     def _is_lost(self, waiter: Waiter) -> bool:
         ticket = waiter.ticket
         if ticket.state is TicketState.WAITING:
-            return ticket not in waiter.queue or not (self._tasks or self._timer)
+            return ticket not in waiter.queue or not (self._tasks or self._timer or self._scheduled)
         return ticket.task is None or ticket.task.done()
 
     async def _look_up(self, rows: Sequence[Row], batch: Batch) -> list[Line | Waiter]:
