@@ -355,13 +355,8 @@ def read_settings() -> Settings:
 # Words: what comes in and what goes out, each declared once. A raw VIN is used nowhere but here; a `Vin` is normal.
 # ======================================================================================================================
 
-# The characters that spreadsheets, telematics and copying leave around a value, because nobody sees them: Unicode's
-# categories Cc (controls), Cf (zero-width ones, the byte order mark, and the like) and Zs (blanks).
-EDGE_CODES = (
-    "0-1F 20 7F-9F A0 AD 600-605 61C 6DD 70F 890-891 8E2 1680 180E 2000-200F 202A-202F 205F-2064 2066-206F 3000 FEFF"
-    " FFF9-FFFB 110BD 110CD 13430-1343F 1BCA0-1BCA3 1D173-1D17A E0001 E0020-E007F"
-)
-EDGE_RANGES = [(int(first, 16), int(last or first, 16)) for first, last in re.findall(r"(\w+)-?(\w*)", EDGE_CODES)]
+# The characters that spreadsheets, telematics and copying leave around a value: blanks, ASCII's and no-break ones, NUL,
+# zero-width characters and the byte order mark, which is one of them.
 EDGES = " \t\n\v\f\r\0\u00a0\u200b\u200c\u200d\u2060\ufeff"
 
 UTC_TIME = "%Y-%m-%dT%H:%M:%SZ"
