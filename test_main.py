@@ -7808,7 +7808,7 @@ async def test_a_batch_can_be_a_json_array(service: Service) -> None:
     assert body == []
 
 
-async def test_a_json_array_is_streamed(service: Service, vpic: PlayedVpic) -> None:
+async def test_a_json_array_is_streamed(service: Service, vpic: PlayedVpic, caplog: pytest.LogCaptureFixture) -> None:
     """The first lines come while vPIC has not answered for the others."""
     await service.lookup(TRUCK)
     vpic.fault = hangs
@@ -7849,6 +7849,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize(("settings", "locked"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+        assert logged(caplog, "vPIC call failed") == []  # the call for the third is still under way
 async def test_schema_says_what_is_so(start: Start, settings: dict[str, Any], locked: set[str]) -> None:
     """A key where one is wanted, and a 429 where there is a limit, with its number; without keys nothing of them."""
     async with start(**settings) as service:
