@@ -858,6 +858,7 @@ def invalid(kind: str, loc: tuple[str | int, ...], msg: str) -> RequestValidatio
     return RequestValidationError([{"type": kind, "loc": loc, "msg": msg}])
 
 
+SEND_JSON = "Send JSON with Content-Type: application/json"
 NOT_STORED = {"Cache-Control": "no-store"}  # because an HTTP cache may store some errors, like a 404
 
 
@@ -865,7 +866,7 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
     """The response for an error: of this service, of FastAPI's validation, of Starlette's routing, or for a bug."""
     if isinstance(error, RequestValidationError):
         if isinstance(error.body, bytes):
-            faults = [Fault(type="content_type", loc=["body"], msg="Send JSON with Content-Type: application/json")]
+            faults = [Fault(type="content_type", loc=["body"], msg=SEND_JSON)]
         else:
             # Without `input` and `ctx`, because a lone surrogate or a NaN in what was sent would make this a 500.
             faults = [Fault(type=fault["type"], loc=list(fault["loc"]), msg=fault["msg"]) for fault in error.errors()]
@@ -3547,10 +3548,7 @@ LINE_COST = 31  # characters that each line counts for besides its own, because 
 PAUSE_S = 1e-5  # 0 would not do: the thread would have Python's lock again before another one has woken up
 POLL_S = 0.2  # from one look to the next whether the client of a file that is being read has left
 
-SEND = (
-    "Send JSON with Content-Type: application/json, or a file as it is: text/plain with one VIN a line, or text/csv"
-    " with a column named vin"
-)
+SEND = f"{SEND_JSON}, or a file as it is: text/plain with one VIN a line, or text/csv with a column named vin"
 EATEN = "one VIN a line; with curl use --data-binary, not -d"
 
 # What the letters of a column's name may be; of several columns the first counts.
@@ -3562,6 +3560,8 @@ LIST_LINE = re.compile(r"([^,;\t]*\d[^,;\t]*|[A-Za-z]{17})(,[^,;\t]*)?")  # no n
 VIN_LIKE = re.compile(r"(?=[A-Za-z]*\d)[0-9A-Za-z]{17}")
 
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+# What JSON begins with, but no file; and a form, which clients make of an object if they are not told to send JSON.
+UNTYPED_JSON = re.compile(r"\{|\[(?!\w)|vins?=", re.I)  # [VIN] is a column of SQL Server's
 PACKED = (b"\x1f\x8b", b"PK\3\4")  # gzip; zip, which a workbook is too
 
 FORMULA = re.compile("\0[=+@\t\r-]")  # a spreadsheet runs a value that begins so; a NUL stands before each value
@@ -3608,6 +3608,8 @@ class Fleet:
         # A byte that is no text becomes a lone surrogate here, which `_lines` finds in its line.
         errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
+        if kind != CSV:
+            self._refuse_json()
         self._number = 0  # of the line that was read last
         self._left = STEP_CHARACTERS  # until the next pause
         with upload_lock:
@@ -3647,8 +3649,6 @@ class Fleet:
             return None
         if first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
             raise self._invalid(EATEN)
-        if kind != CSV and first.lstrip(EDGES)[0] in "{[":
-            raise invalid("content_type", ("body",), SEND)
         separator_line = SEPARATOR_LINE.fullmatch(first)
         before = first if separator_line else ""
         layouts: list[Layout] = []
@@ -3723,6 +3723,13 @@ class Fleet:
                 upload_lock.release()
                 upload_lock.acquire()
             yield line
+
+    def _refuse_json(self) -> None:
+        """Raises a 422 for JSON without its type, before it is taken for a list whose line ends are lost."""
+        self._text.seek(0)
+        with suppress(UnicodeError):  # `_lines` reports it
+            if UNTYPED_JSON.match(self._text.read(100).lstrip(EDGES)):
+                raise invalid("content_type", ("body",), SEND_JSON)
 
     def _invalid(self, what: str) -> RequestValidationError:
         return invalid("line", ("body", self._number), f"Line {self._number:,}: {what}")

@@ -5859,7 +5859,7 @@ REFUSED_FILES = {
     "a sheet whose line ends curl -d ate": (FORM, SHEET.replace("\r\n", "").encode(), f"Line 1: {main.EATEN}"),
     "no text": (FORM, FLEET.encode() + b"\x81\n", "Line 3: it is no text in UTF-8, UTF-16 or Windows-1252"),
     "half a character of UTF-16": (FORM, FLEET.encode("utf-16") + b"A", "Line 3: it is no text in UTF-8, UTF-16 or"),
-    "JSON that is not called so": (FORM, b'{"vins": []}', main.SEND),
+    "JSON that is not called so": (FORM, b'{"vins": []}', main.SEND_JSON),
     "an image": ("image/png", b"\x89PNG", main.SEND),
     "a form's file": ("multipart/form-data; boundary=x", b"--x--", main.SEND),
 }
@@ -7262,10 +7262,43 @@ async def test_bad_body_is_the_callers_fault(
         detail = json.loads(body)["detail"]
         if status == 422:
             assert all(set(fault) == {"type", "loc", "msg"} for fault in detail)
-            told = main.SEND if route == "/lookup/batch" else NOT_JSON
+            told = NOT_JSON if route != "/lookup/batch" or sent.startswith(b'{"vin') else main.SEND
             assert content_type == JSON or detail == [{"type": "content_type", "loc": ["body"], "msg": told}]
         assert len(body) < 500
     assert (vpic.calls, service.rows(), logged(caplog, level=logging.ERROR)) == ([], [], [])
+
+
+UNTYPED = {
+    "curl -d": ("application/x-www-form-urlencoded", json.dumps({"vins": [TRUCK, "bad"]})),
+    "curl -d, large": ("application/x-www-form-urlencoded", json.dumps({"vins": [TRUCK] * 10_000})),
+    "orval": ("text/plain;charset=UTF-8", json.dumps({"vins": [TRUCK, UNKNOWN]}, indent=2)),
+    "requests, data=json.dumps": (None, json.dumps([{"vin": TRUCK}])),
+    "requests, data=dict": ("application/x-www-form-urlencoded", f"vins={TRUCK}&vins={UNKNOWN}"),
+    "an array": ("application/octet-stream", f'\ufeff \r\n[\n  "{TRUCK}"\n]'),
+    "an empty array": ("text/plain", "[]"),
+}
+
+
+@pytest.mark.parametrize(("content_type", "sent"), UNTYPED.values(), ids=UNTYPED)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+async def test_json_without_its_type_is_told_the_type(
+    service: Service, content_type: str | None, sent: str, encoding: str
+) -> None:
+    """And gets no advice for lists."""
+    headers = {"Content-Type": content_type} if content_type else {}
+    status, body, _ = await service.ask(
+        "POST", "/lookup/batch", data=sent.encode(encoding), headers=headers, skip_auto_headers=["Content-Type"]
+    )
+    assert (status, body["detail"]) == (422, [{"type": "content_type", "loc": ["body"], "msg": NOT_JSON}])
+
+
+async def test_what_only_begins_like_json_is_a_file(service: Service) -> None:
+    """A column's name in brackets, as SQL Server's tools write it, and a sheet that is said to be CSV."""
+    for kind, content in (("text/plain", f"[VIN],[Year]\n{TRUCK},\n"), ("text/csv", f'"{{id}}",vin\n7,{TRUCK}\n')):
+        status, body, headers = await service.ask(
+            "POST", "/lookup/batch", data=content.encode(), headers={"Content-Type": kind}
+        )
+        assert (status, headers.get("X-Total-Count"), b",200," in body) == (200, "1", True), body
 
 
 @pytest.mark.parametrize("route", POSTS)
@@ -7816,6 +7849,7 @@ async def test_a_json_array_is_streamed(service: Service, vpic: PlayedVpic, capl
     async with service.client.post("/lookup/batch", json=body, headers={"Accept": "application/json"}) as response:
         first = await asyncio.wait_for(response.content.readuntil(b",\n"), 20)
         second = await asyncio.wait_for(response.content.readuntil(b"}"), 20)
+        assert logged(caplog, "vPIC call failed") == []  # the call for the third is still under way
     assert json.loads(first.decode() + second.decode() + "]")[0]["vin"] == TRUCK
 
 
@@ -7849,7 +7883,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize(("settings", "locked"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-        assert logged(caplog, "vPIC call failed") == []  # the call for the third is still under way
 async def test_schema_says_what_is_so(start: Start, settings: dict[str, Any], locked: set[str]) -> None:
     """A key where one is wanted, and a 429 where there is a limit, with its number; without keys nothing of them."""
     async with start(**settings) as service:
