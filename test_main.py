@@ -6828,8 +6828,11 @@ async def test_readmes_clients_bring_the_key(launch: Launch, tmp_path: Path) -> 
         program = sys.executable if program == "python" else shutil.which(program)
         if program is None:
             continue
-        running = await asyncio.create_subprocess_exec(program, *options, cwd=tmp_path, stdout=PIPE, stderr=PIPE)
-        out, errors = await asyncio.wait_for(running.communicate(), 60)
+        for _ in range(5):
+            running = await asyncio.create_subprocess_exec(program, *options, cwd=tmp_path, stdout=PIPE, stderr=PIPE)
+            out, errors = await asyncio.wait_for(running.communicate(), 60)
+            if running.returncode != -signal.SIGABRT:  # Python may abort at its end while pyarrow's threads still run.
+                break
         assert running.returncode == 0, (recipe, errors)
         assert b"1XPWD40X1ED" in (out or (tmp_path / "vincache.parquet").read_bytes()), recipe
         (tmp_path / "vincache.parquet").unlink(missing_ok=True)
