@@ -3361,7 +3361,7 @@ class Lookups:
             found, removals = await self._find_without_vpic(waiters, records, life, seconds)
             with suppress(TimeoutError):  # the statement goes on
                 async with asyncio.timeout(seconds):
-                    await self._store_without_vpic(found, removals)
+                    await self._store_without_vpic(found, removals, is_final)
             for waiter in waiters:
                 if answer := found.get(waiter.ticket.question):
                     waiter.resolve(answer)
@@ -3393,15 +3393,17 @@ class Lookups:
                     found[question] = Found(self._make_record(question, words, "offline", life), "offline")
         return found, removals
 
-    async def _store_without_vpic(self, found: dict[Question, Found], removals: dict[Question, int | None]) -> None:
-        """Store the rows that were decoded offline. Extend stale rows by `stale_ttl`, so that vPIC is not asked again
-        at once."""
+    async def _store_without_vpic(
+        self, found: dict[Question, Found], removals: dict[Question, int | None], is_final: bool
+    ) -> None:
+        """Store the rows that were decoded offline. If vPIC is not asked behind, extend stale rows by `stale_ttl`, so
+        that it is not asked again at once. Else the call behind would find a fresh row, and not ask."""
         offline = [(new.record, removals.get(q)) for q, new in found.items() if new.outcome == "offline"]
         if offline:
             await self._store(offline)
             self._claim_at = 0  # because these rows are unconfirmed
             self._wake()
-        if stale := [question for question, old in found.items() if old.outcome == "stale"]:
+        if is_final and (stale := [question for question, old in found.items() if old.outcome == "stale"]):
             await self._cache.extend(stale, math.ceil(time.time() + self._settings.stale_ttl))
 
     # -- Batches -------------------------------------------------------------------------------------------------------

@@ -4925,7 +4925,7 @@ BAD_REPLIES = {
     "busy": (Reply(429, retry_after="2"), "vpic"),
     "down": (Reply(503, retry_after="60"), "vpic"),
 }
-VPIC_WEATHERS = ["well", *BAD_REPLIES, "hanging", "unreachable"]
+VPIC_WEATHERS = ["well", *BAD_REPLIES, "hanging", "unreachable", "buggy"]
 
 
 class SimulatedVpic:
@@ -4975,6 +4975,8 @@ class SimulatedVpic:
                 address = cast(Any, SimpleNamespace(host="vpic", port=443, ssl=True))
                 refused = aiohttp.ClientConnectorError(address, ConnectionRefusedError(111, "refused"))
                 raise aiohttp.ClientConnectionError("refused") from refused  # as `send_once` does
+            if weather == "buggy":
+                raise PlayedBug
             yield self._reply(call, weather)
         except asyncio.CancelledError:  # its deadline; one that was near at the beginning blames nobody
             if self._now() - call.began >= self._settings.vpic_timeout / 2:
@@ -5061,8 +5063,12 @@ class Caller:
     outcome: str = ""  # of a lookup
 
 
+class PlayedBug(Exception):
+    """An error that nothing expects."""
+
+
 class Ear(logging.Handler):
-    """It hears the errors that the service logs; that the offline data can't be read is none of its own."""
+    """It hears the errors that the service logs; a bug that is played is none of its own."""
 
     def __init__(self, complain: Callable[[str], None]) -> None:
         super().__init__(logging.ERROR)
@@ -5070,7 +5076,7 @@ class Ear(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info and record.exc_info[1]
-        if not (isinstance(error, OSError) and str(error) == "played"):
+        if not isinstance(error, PlayedBug):
             self._complain(f"logged: {record.getMessage()} {error!r}")
 
 
@@ -5108,6 +5114,7 @@ class Simulation:
         self.sources: list[Source] = []
         self.floors: dict[str, int] = {}
         self.removed_at: dict[str, float] = {}  # by VIN: when its last removal ended; infinite while one is under way
+        self.confirmed_at: dict[str, float] = {}  # by question: when the cache last had vPIC's answer
         self.callers: list[Caller] = []
         self.questions: dict[str, None] = {}  # all that were asked
         self.offline = "answers"
@@ -5119,7 +5126,7 @@ class Simulation:
 
     def __enter__(self) -> "Simulation":
         self._patches.setattr(main, "time", self.world.time_module())
-        self._patches.setattr(main, "decode_offline", self._decode_offline)
+        self._patches.setitem(sys.modules, "ultravin", cast(Any, SimpleNamespace(decode_batch=self._decode_offline)))
         for name, value in SMALL.items():
             self._patches.setattr(main, name, value)
         self._patches.setattr(main.log, "handlers", [Ear(self.complain)])
@@ -5164,14 +5171,20 @@ class Simulation:
         self.sources.append(Source(kind, len(self.sources) + 1, questions, self.world.time()))
         return self.sources[-1]
 
-    def _decode_offline(self, questions: Sequence[str]) -> dict[str, main.Words]:
+    def _decode_offline(self, vins: list[str], years: list[int | None], full: bool) -> list[dict[str, Any]]:
+        """As ultravin does it."""
         if self.offline == "raises":
             raise OSError("played")
-        if self.offline == "knows nothing":
-            return {}
-        source = self.new_source("offline", questions)
+        source = self.new_source(
+            "offline", [main.ask(vin, str(year or "")) for vin, year in zip(vins, years, strict=True)]
+        )
         source.ended = source.began
-        return {question: main.translate(source.result(question)) for question in questions}
+        known = self.offline == "answers"
+        results = [source.result(question) if known else {} for question in source.questions]
+        return [
+            {"elements": [{"code": key, "value": value, "attribute_id": ""} for key, value in result.items()]}
+            for result in results
+        ]
 
     @property
     def is_well(self) -> bool:
@@ -5182,7 +5195,8 @@ class Simulation:
 
     def is_calm(self) -> bool:
         """Whether a lookup that begins now has to be answered by vPIC, or by its word of before."""
-        return self.is_well and self.world.time() - self.trouble_at > LAG and not self.vpic.breaker_is_open
+        recovered = self.world.time() - self.trouble_at > LAG and not self.vpic.breaker_is_open
+        return self.is_well and recovered and not self.vpic.service_ended
 
     def may_ask_beside(self, call: Source, other: Source, question: str) -> bool:
         """Whether a question may be asked although another call for it is under way: its VIN was removed since the
@@ -5336,9 +5350,12 @@ class Simulation:
             return f"removed before, with all up to source {asked.floor}"
         if not is_cached and source.ended < asked.began - 2 * PATIENCE:
             return "an old answer, said to be new"
-        patience = (
-            self.settings.patience
-        )  # after which offline data may answer; that is stored, and served until vPIC's is
+        if is_cached and source.kind == "offline" and self._was_confirmed(asked):
+            return "offline data replaced vPIC's answer"
+        if is_cached and source.kind == "vpic":
+            self.confirmed_at[asked.question] = self.world.time()
+        # When a lookup's patience is over, offline data may answer it. That is stored, and served until vPIC answers.
+        patience = self.settings.patience
         late = patience is not None and (is_cached or self.world.time() >= asked.began + patience)
         if calm and source.kind == "offline" and source.ended > self.trouble_at + LAG and not late:
             return "though vPIC is well"
@@ -5346,6 +5363,12 @@ class Simulation:
         if calm and source.kind == "vpic" and max(source.ended, self.trouble_at) + life + 2 < asked.began and not late:
             return "older than its grace though vPIC is well"
         return "" if is_cached or source.kind == "vpic" or late else self._haste(asked)
+
+    def _was_confirmed(self, asked: Asked) -> bool:
+        """Whether the cache had vPIC's answer before, and no removal or sweep may have deleted it."""
+        confirmed_at = self.confirmed_at.get(asked.question, -math.inf)
+        kept = self.settings.keep_expired - self.settings.grace
+        return self.removed_at.get(asked.question[:17], -math.inf) < confirmed_at and asked.began < confirmed_at + kept
 
     def _haste(self, asked: Asked) -> str:
         """Batches are patient: what was not asked is told without vPIC only if vPIC has failed for long, and is not
@@ -5365,8 +5388,11 @@ class Simulation:
         self._complain_of_leftovers()
         answers: list[Caller] = []
         for _ in range(3):  # the breaker closes; what has expired is asked anew; and so it is there
-            before, answers = answers, [self.look_up(question) for question in self.questions]
-            self.sleep(LAG)
+            before, answers = answers, []
+            questions = iter(self.questions)
+            while some := [*islice(questions, self.settings.vpic_rate)]:
+                answers += map(self.look_up, some)
+                self.sleep(LAG)
             self._complain_of_leftovers()
         for caller, earlier in zip(answers, before, strict=True):
             if caller.outcome != "hit" and earlier.outcome != "hit":  # it may have expired just now
@@ -5386,6 +5412,8 @@ class Simulation:
         self.sleep(0)
         self.run(self._stack.aclose())
         self.vpic.service_ended = True
+        for question in SIMULATED_VINS:  # a request that comes too late
+            self.look_up(question)
         self.sleep(LAG)
         for task in self.world.tasks:
             if not task.done():
@@ -5445,11 +5473,36 @@ class Life(RuleBasedStateMachine):
         self.simulation.look_up(question, details)
         self.pass_time(pause)
 
-    @rule(questions=st.lists(a_question, min_size=2, max_size=8), pause=a_pause)
-    def look_up_many(self, questions: list[str], pause: float) -> None:
+    @rule(questions=st.lists(a_question, min_size=2, max_size=8), in_batch=st.booleans(), pause=a_pause)
+    def look_up_many(self, questions: list[str], in_batch: bool, pause: float) -> None:
+        """If `in_batch`, a batch asks the same at the same time."""
+        if in_batch:
+            self.simulation.send_batch(questions, "json", False, 0)
         for question in questions:
             self.simulation.look_up(question)
         self.pass_time(pause)
+
+    @rule(
+        question=a_question,
+        twice=st.booleans(),
+        in_batch=st.booleans(),
+        pauses=st.tuples(*[st.sampled_from([0, 0.001, 0.02, 0.08, 0.4])] * 3),
+    )
+    def remove_while_asked(
+        self, question: str, twice: bool, in_batch: bool, pauses: tuple[float, float, float]
+    ) -> None:
+        """Remove a VIN, also once more, while vPIC is asked for it."""
+        if twice:
+            self.simulation.remove(question[:17])
+            self.pass_time(pauses[0])
+        self.simulation.look_up(question)
+        if in_batch:
+            self.simulation.send_batch([question], "json", False, 0)
+        self.pass_time(pauses[1])
+        self.simulation.remove(question[:17])
+        self.pass_time(pauses[2])
+        self.simulation.look_up(question)
+        self.pass_time(pauses[1])
 
     @rule(
         questions=st.lists(a_question, min_size=1, max_size=12),
@@ -5613,6 +5666,20 @@ class Fair:
                     spans[self.owners[vin]].append((since, call.began))
                     since = call.ended
         return spans
+
+
+def test_who_is_answered_early_is_not_why_vpic_is_not_asked() -> None:
+    """A row without grace that answers an impatient lookup is asked anew, also if vPIC's only place is taken."""
+    with Simulation(grace=0, patience=0, vpic_concurrency=1, offline=False) as simulation:
+        first, second = SIMULATED_VINS[:2]
+        simulation.look_up(first)
+        simulation.sleep(simulation.settings.ttl)
+        simulation.look_up(second)
+        simulation.sleep(0.05)
+        again = simulation.look_up(first)
+        simulation.sleep(1)
+        assert [call.questions for call in simulation.vpic.calls] == [[first], [second], [first]]
+        assert (again.outcome, simulation.complaints) == ("stale", [])
 
 
 def test_lookups_come_first_and_nobody_starves() -> None:
