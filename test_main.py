@@ -5114,7 +5114,8 @@ class Simulation:
         self.sources: list[Source] = []
         self.floors: dict[str, int] = {}
         self.removed_at: dict[str, float] = {}  # by VIN: when its last removal ended; infinite while one is under way
-        self.confirmed_at: dict[str, float] = {}  # by question: when the cache last had vPIC's answer
+        # By question: when a caller asked who was told vPIC's answer from the cache, and when he was told.
+        self.confirmed: dict[str, tuple[float, float]] = {}
         self.callers: list[Caller] = []
         self.questions: dict[str, None] = {}  # all that were asked
         self.offline = "answers"
@@ -5353,7 +5354,7 @@ class Simulation:
         if is_cached and source.kind == "offline" and self._was_confirmed(asked):
             return "offline data replaced vPIC's answer"
         if is_cached and source.kind == "vpic":
-            self.confirmed_at[asked.question] = self.world.time()
+            self.confirmed[asked.question] = (asked.began, self.world.time())
         # When a lookup's patience is over, offline data may answer it. That is stored, and served until vPIC answers.
         patience = self.settings.patience
         late = patience is not None and (is_cached or self.world.time() >= asked.began + patience)
@@ -5366,9 +5367,9 @@ class Simulation:
 
     def _was_confirmed(self, asked: Asked) -> bool:
         """Whether the cache had vPIC's answer before, and no removal or sweep may have deleted it."""
-        confirmed_at = self.confirmed_at.get(asked.question, -math.inf)
-        kept = self.settings.keep_expired - self.settings.grace
-        return self.removed_at.get(asked.question[:17], -math.inf) < confirmed_at and asked.began < confirmed_at + kept
+        since, told_at = self.confirmed.get(asked.question, (-math.inf, math.inf))
+        removed_at = self.removed_at.get(asked.question[:17], -math.inf)
+        return removed_at < since and told_at < asked.began < since + self.settings.keep_expired - self.settings.grace
 
     def _haste(self, asked: Asked) -> str:
         """Batches are patient: what was not asked is told without vPIC only if vPIC has failed for long, and is not
