@@ -761,60 +761,18 @@ COLUMNS = Record._fields[:-1]
 
 
 # ======================================================================================================================
-# Errors: each has a status and one sentence for the caller; the cause is for the log. `render_error` renders them all.
+# Errors: each is an HTTPException with a status and one sentence for the caller. It has a class of its own only if the
+# service catches it. `render_error` renders them all.
 # ======================================================================================================================
 
 
-class VincacheError(HTTPException):
-    """An error that the service raises for a request.
-
-    `retry_after` (seconds) becomes the header Retry-After; `fields` are further keys of the body, beside `detail`."""
-
-    status = 500
-    retry_after: float | None = None  # of all errors of a class: an estimate
-
-    def __init__(self, detail: str, *, retry_after: float | None = None, **fields: str) -> None:
-        headers = None
-        if retry_after is not None:
-            self.retry_after = retry_after
-        if self.retry_after is not None:
-            # At least 1, because a client would ask again at once after 0.
-            headers = {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
-        super().__init__(self.status, detail, headers)
-        self.fields = fields
+def ask_again(seconds: float) -> dict[str, str]:
+    """The header Retry-After: at least 1, because a client would ask again at once after 0."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
-class TooManyRequests(VincacheError):
-    status = 429
-
-
-class BodyTooLarge(VincacheError):
-    status = 413
-
-
-class UnsupportedBody(VincacheError):
-    status = 415
-
-
-class UploadFailed(VincacheError):
-    status = 503
-    retry_after = 60
-
-
-class CacheUnavailable(VincacheError):
-    status = 503
-    retry_after = 5
-
-
-class ExportFailed(VincacheError):
-    status = 503
-    retry_after = 5
-
-
-class ExportRefused(VincacheError):
-    """Asking again does not help."""
-
-    status = 503
+class CacheUnavailable(HTTPException):
+    """The cache can't be written."""
 
 
 class Failure(NamedTuple):
@@ -839,17 +797,17 @@ SWITCHED_OFF = Failure(503, "vPIC is switched off, and the offline data does not
 SERVICE_FAULT = Failure(503, "The service failed to ask vPIC; its log has the cause.")
 
 
-class VpicUnavailable(VincacheError):
-    """vPIC gave no usable answer. `cause` is for the log."""
+class VpicUnavailable(HTTPException):
+    """vPIC gave no usable answer. `cause` is for the log, `retry_after` (seconds) and the VIN are for the caller."""
 
-    def __init__(self, failure: Failure, cause: str = "", *, retry_after: float | None = None, **fields: str) -> None:
-        self.failure, self.status, self.cause = failure, failure.status, cause
-        super().__init__(failure.detail, retry_after=retry_after, **fields)
+    def __init__(self, failure: Failure, cause: str = "", *, retry_after: float | None = None, vin: str = "") -> None:
+        self.failure, self.cause, self.retry_after, self.vin = failure, cause, retry_after, vin
+        super().__init__(failure.status, failure.detail, None if retry_after is None else ask_again(retry_after))
 
     def about(self, vin: str) -> "VpicUnavailable":
         """A copy for one caller and its VIN, because a shared exception would collect the tracebacks of all callers."""
         wait = self.retry_after
-        if wait is None and self.status == 503 and self.cause:  # vPIC refused the call; it counts calls by the minute
+        if wait is None and self.failure.status == 503 and self.cause:  # vPIC refused; it counts calls by the minute
             wait = 60
         return VpicUnavailable(self.failure, retry_after=wait, vin=vin)
 
@@ -872,7 +830,7 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
             faults = [Fault(type=fault["type"], loc=list(fault["loc"]), msg=fault["msg"]) for fault in error.errors()]
         return JSONResponse(Invalid(detail=faults).model_dump(), 422, NOT_STORED)
     if isinstance(error, HTTPException):
-        body = {"detail": error.detail, **getattr(error, "fields", {})}
+        body = {"detail": error.detail} | ({"vin": error.vin} if isinstance(error, VpicUnavailable) else {})
         return JSONResponse(body, error.status_code, NOT_STORED | dict(error.headers or {}))
     return JSONResponse({"detail": "The service failed to answer this; its log has the cause."}, 500, NOT_STORED)
 
@@ -2143,6 +2101,7 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
 # raises CacheUnavailable.
 # ======================================================================================================================
 
+CANNOT_WRITE = "The cache cannot be written at the moment; ask again later."
 READ_TIMEOUT_S = 5  # a read that takes longer fails; it is longer than CLUSTER_TIMEOUT_S
 WRITE_TIMEOUT_S = 60  # after which nobody waits for a write any longer, because the disk hangs; the write may go on
 # If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
@@ -2195,7 +2154,7 @@ class Cache:
                 rows = await self._timed(self._store.write(*statements, settle=settle))
         except (StoreFault, TimeoutError) as fault:
             self._writing.begin(str(fault) or "no answer in time")
-            raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
+            raise CacheUnavailable(503, CANNOT_WRITE, ask_again(5)) from fault
         self._writing.end()
         return rows
 
@@ -2615,7 +2574,7 @@ class Vpic:
         try:
             return await self._call(questions, deadline)
         except VpicUnavailable as error:
-            outcome = {503: "refused", 504: "timeout"}.get(error.status, "failed")
+            outcome = {503: "refused", 504: "timeout"}.get(error.status_code, "failed")
             others = f" and {len(questions) - 1} more" if len(questions) > 1 else ""
             took = time.perf_counter() - started
             log.warning("vPIC call failed: %s%s: %s after %.2f s", vin_of(questions[0]), others, error.cause, took)
@@ -3741,7 +3700,7 @@ async def receive_file(
 ) -> AsyncIterator[Fleet]:
     """Receive a file and read it through. The file has no name, and is gone at the end, whatever happens.
 
-    Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, a 422, and ClientDisconnect."""
+    Raises a 503 if it can't be kept, a 415 if it is compressed, a 422, and ClientDisconnect."""
     file: BinaryIO | None = None
     try:
         try:
@@ -3749,7 +3708,8 @@ async def receive_file(
             encoding = await receive_pieces(pieces, file)
         except OSError as error:
             log.warning("upload failed: %s", error)
-            raise UploadFailed(f"The file cannot be kept ({reason(error)}); send it again later.") from None
+            said = f"The file cannot be kept ({reason(error)}); send it again later."
+            raise HTTPException(503, said, ask_again(60)) from None
         opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind))
         try:
             while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
@@ -3765,7 +3725,7 @@ async def receive_file(
 
 
 async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO) -> str:
-    """Write the file, and return its encoding. Raises UnsupportedBody if it is compressed, and OSError."""
+    """Write the file, and return its encoding. Raises a 415 if it is compressed, and OSError."""
     utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
     async for piece in pieces:  # the last one is empty
         await in_upload_thread(file.write, piece)
@@ -3777,7 +3737,7 @@ async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO) -> str:
     await in_upload_thread(file.seek, 0)
     head = file.read(4)
     if head.startswith(PACKED):
-        raise UnsupportedBody("The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
+        raise HTTPException(415, "The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
     return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
 
 
@@ -3958,7 +3918,7 @@ class Snapshot:
     def __init__(self, kind: ExportKind) -> None:
         self.kind = kind
         self.etag = f'"{secrets.token_hex(16)}"'
-        self.ready: asyncio.Task[None]  # it ends when the file is written, or raises ExportFailed
+        self.ready: asyncio.Task[None]  # it ends when the file is written, or raises a 503
         self.clients: set[str] = set()  # they go on in this snapshot
         self.readers = 0  # responses that are being sent
         self.used = 0.0  # when a request came for it, or the last response was sent, by the monotonic clock
@@ -4085,12 +4045,11 @@ class Exporter:
                     await self._cache.report_damage(str(error))
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     said = f"The export cannot be kept ({reason(error)}); ask again later."
-                    raise ExportFailed(said, retry_after=60) from None
+                    raise HTTPException(503, said, ask_again(60)) from None
                 if isinstance(error, Refused):
-                    raise ExportRefused(
-                        "The user of the cluster lacks the right to back up: there is no export."
-                    ) from None
-                raise ExportFailed("The export could not be built; ask again.") from None
+                    said = "The user of the cluster lacks the right to back up: there is no export."
+                    raise HTTPException(503, said) from None
+                raise HTTPException(503, "The export could not be built; ask again.", ask_again(5)) from None
 
     async def _write(self, snapshot: Snapshot) -> None:
         """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
@@ -4189,7 +4148,7 @@ class Access:
         self.unchecked_tags = self.open_tags - self.limits.keys()
 
     async def check(self, scope: Scope, tag: Tag) -> None:
-        """Raises a 401 without a valid key where one is needed, then TooManyRequests beyond the client's limit."""
+        """Raises a 401 without a valid key where one is needed, then a 429 beyond the client's limit."""
         if tag not in self.open_tags and not self._has_key(scope):
             raise HTTPException(401, NO_KEY, {"WWW-Authenticate": choose_challenge(scope)})
         if tag != "export":
@@ -4202,11 +4161,11 @@ class Access:
         return any([hmac.compare_digest(given, key) for given in find_keys(scope) for key in self.keys])
 
     async def count(self, scope: Scope, tag: Tag, cost: int, counts: bool = True) -> None:
-        """Raises TooManyRequests if the client has less than this cost left; then nothing is counted."""
+        """Raises a 429 if the client has less than this cost left; then nothing is counted."""
         if cost > 0 and (limit := self.limits.get(tag)) is not None:
             client, _ = scope["client"] or ("unknown", 0)
             if wait := await self._rates.client(limit, tag, client_network(client), cost, counts):
-                raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
+                raise HTTPException(429, f"The limit is {limit}; ask again later.", ask_again(wait))
 
     def check_size(self, tag: Tag, cost: int) -> None:
         """Raises a 422 if the cost is above the whole limit: waiting, as a 429 asks for, would not help."""
@@ -4252,14 +4211,14 @@ def client_network(client: str) -> str:
 def limit_body(scope: Scope, receive: Receive, most: int) -> Receive:
     """`receive` for a body of at most `most` bytes.
 
-    Raises BodyTooLarge: at once if the header says so, else when more bytes have come. Raises UnsupportedBody if the
-    body is compressed."""
+    Raises a 413: at once if the header says so, else when more bytes have come. Raises a 415 if the body is compressed.
+    """
     headers = Headers(scope=scope)
-    too_large = BodyTooLarge(f"A body has {most:,} bytes at most; send less at a time.")
+    too_large = HTTPException(413, f"A body has {most:,} bytes at most; send less at a time.")
     if int(headers.get("content-length", 0)) > most:
         raise too_large
     if headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedBody("The body is compressed; send it as it is.")
+        raise HTTPException(415, "The body is compressed; send it as it is.")
     size = 0
 
     async def receive_limited() -> Message:
@@ -4559,9 +4518,7 @@ ERRORS: Responses = {
     413: error("The body is too large", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."),
     415: error("The body is compressed", "The body is compressed; send it as it is."),
     422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"},
-    503: error(
-        "Not possible now; Retry-After says when", "The cache cannot be written at the moment; ask again later."
-    ),
+    503: error("Not possible now; Retry-After says when", CANNOT_WRITE),
 }
 LOOKUP_ERRORS: Responses = {
     404: {"model": Undecodable, "description": "vPIC can't decode this VIN; that is cached too"},

@@ -6682,7 +6682,7 @@ async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path)
         main.Exporter(main.Cache(store, 0), tmp_path) as exporter,
     ):
         overwrite(NOISE, 2**18)(tmp_path / "cache.db")
-        with pytest.raises(main.ExportFailed, match="ask again"):
+        with pytest.raises(main.HTTPException, match="ask again"):
             await exporter.queue(kind, "").ready
         assert len(list(tmp_path.glob("cache.db.damaged-*Z"))) == 1
         snapshot = exporter.queue(kind, "")
