@@ -1352,17 +1352,32 @@ class StoreFault(Exception):
 
 
 class Store(Protocol):
-    """Carries statements out."""
+    """Carries statements out. Use it as `async with`. Raises StartupError then, if that can never work."""
 
     name: str
+    _writes: Tasks  # they go on when their callers leave
+    _resources: AsyncExitStack  # what is closed with the store
+
+    def __init__(self) -> None:
+        self._writes, self._resources = Tasks(), AsyncExitStack()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._writes.finish()
+        await self._resources.aclose()
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, with all writes before. Raises StoreFault."""
 
     async def write(self, *statements: Statement, settle: bool = False) -> Rows:
         """Carry the statements out as one transaction, which goes on when the caller leaves. Returns the rows of the
-        last one. With `settle`, it returns when no read can miss what was written, also after an election. Raises
-        StoreFault."""
+        last one. With `settle`, it returns when no read can miss what was written, also after an election.
+
+        Raises StoreFault. Then a file has not changed. A cluster may have carried the statements out, or have returned
+        their rows to nobody."""
+        return await self._writes.run(self._write(statements, settle))
+
+    async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
+        """As `write`, but it ends when the caller leaves."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
         """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
@@ -1559,9 +1574,8 @@ async def transact(connection: aiosqlite.Connection, statements: Sequence[Statem
     return rows
 
 
-class FileStore:
-    """One SQLite file. Use it as `async with`. Raises StartupError if it can't be opened and written, or is another
-    program's.
+class FileStore(Store):
+    """One SQLite file. Raises StartupError if it can't be opened and written, or is another program's.
 
     | what happens to the open file          | who notices it         | what the store does                            |
     |----------------------------------------|------------------------|------------------------------------------------|
@@ -1580,13 +1594,12 @@ class FileStore:
     name = "file"
 
     def __init__(self, path: Path, busy_timeout: float) -> None:
+        super().__init__()
         self._path = path.absolute()
         self._busy_timeout = busy_timeout  # seconds for which a write waits for a lock
         self._file: OpenFile | None = None  # None: closed
         self._replacing = asyncio.Lock()  # held by the task that closes the file and opens another one
         self._writing = asyncio.Lock()  # held by the transaction that is carried out
-        self._writes = Tasks()  # they go on when their callers leave
-        self._resources = AsyncExitStack()  # what is closed with the store
 
     async def __aenter__(self) -> "FileStore":
         try:
@@ -1604,8 +1617,7 @@ class FileStore:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._writes.finish()
-        await self._resources.aclose()
+        await super().__aexit__()
         if self._file is not None:
             await self._file.connections.aclose()
 
@@ -1700,15 +1712,12 @@ class FileStore:
             except (sqlite3.Error, ValueError) as error:  # ValueError: another task has closed the connection
                 if is_damage(error):
                     await self.report_damage(str(error), file)
-                if file is self._file or self._file is None:
+                if file is self._file:
                     raise StoreFault(reason(error)) from error
 
-    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
-        """As in `Store`. If it raises StoreFault, nothing was written. It returns within `busy_timeout`, which includes
-        the wait for other transactions. What was written is settled."""
-        return await self._writes.run(self._write(statements))
-
-    async def _write(self, statements: Sequence[Statement]) -> Rows:
+    async def _write(self, statements: Sequence[Statement], _: bool) -> Rows:
+        """It returns within `busy_timeout`, which includes the wait for other transactions. What was written is
+        settled."""
         deadline = asyncio.get_running_loop().time() + self._busy_timeout
         async with self._writing:
             for last in (False, True):
@@ -1720,10 +1729,11 @@ class FileStore:
                     # No other timeout than SQLite's, because after that one it is certain that nothing was written.
                     await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
                     return await transact(file.writer, statements)
-                except sqlite3.Error as error:
-                    if last or not is_damage(error):
+                except (sqlite3.Error, ValueError) as error:  # ValueError: another task has closed the connection
+                    if is_damage(error):
+                        await self._replace(file, str(error), damaged=True)
+                    if last or file is self._file:
                         raise StoreFault(reason(error)) from error
-                    await self._replace(file, str(error), damaged=True)
         raise AssertionError  # the second round returns or raises
 
     @asynccontextmanager
@@ -1781,9 +1791,9 @@ class Refused(StoreFault):
     """The cluster refuses our user, which waiting does not mend."""
 
 
-class ClusterStore:
-    """An rqlite cluster (https://rqlite.io/docs/api/). Use it as `async with`. Raises StartupError if the cluster
-    refuses our user or holds a database that is not ours.
+class ClusterStore(Store):
+    """An rqlite cluster (https://rqlite.io/docs/api/). Raises StartupError if the cluster refuses our user or holds a
+    database that is not ours.
 
     The nodes in the URL find the cluster; which others it has is read from it now and then, so nodes may come and go.
     Every node forwards a statement to the leader. A statement stays with the node that answered last; if that does not
@@ -1810,6 +1820,7 @@ class ClusterStore:
     name = "rqlite"
 
     def __init__(self, address: ClusterAddress) -> None:
+        super().__init__()
         # The nodes in the URL, and those that were found; the one that answered last is the first.
         self._nodes = deque(address.nodes)
         # The nodes in the URL. They stay, because the cluster may know them by names that mean nothing here.
@@ -1831,8 +1842,6 @@ class ClusterStore:
         self._failures = 0
         # Of these, how many had failed when the last attempt was begun that has shown that the leader has caught up.
         self._failures_settled = -1
-        self._writes = Tasks()  # which go on if their callers leave
-        self._resources = AsyncExitStack()  # what is closed with the store
 
     async def __aenter__(self) -> "ClusterStore":
         async with AsyncExitStack() as resources:
@@ -1852,13 +1861,9 @@ class ClusterStore:
                 raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
             except StoreFault as fault:
                 self._fault = str(fault)  # the first statement tells of it, `_watch` tries again
-            resources.push_async_callback(self._writes.finish)
             await resources.enter_async_context(background(self._watch()))
             self._resources = resources.pop_all()
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._resources.aclose()
 
     async def _open(self, seconds: float) -> None:
         """Make the cluster's database ours, if it is empty or an older one. Raises StoreFault, and StartupError."""
@@ -1958,17 +1963,9 @@ class ClusterStore:
                 log.warning("the user of the cluster lacks the right %s: %s", right, consequence)
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows, as the leader has them. Raises StoreFault."""
         given = [parameters] if isinstance(parameters, dict) else parameters
         [rows], _ = await self._ask_if_open("query?level=weak", [[statement, *given]])
         return rows
-
-    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
-        """Carry the statements out as one transaction; the rows that the last one returns.
-
-        Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
-        breaks nothing off."""
-        return await self._writes.run(self._write(statements, settle))
 
     async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
         given = [[statement, *parameters] for statement, parameters in statements]
@@ -2129,34 +2126,32 @@ class Cache:
         self._checking: asyncio.Task[str] | None = None  # the last check
         self._checked_at = -math.inf  # when the last check ended (monotonic)
 
-    async def _timed(self, work: Awaitable[Rows]) -> Rows:
-        started, outcome = time.perf_counter(), "failed"
-        try:
-            rows = await work
-            outcome = "ok"
-            return rows
-        finally:
-            store_duration.record(time.perf_counter() - started, {"store": self._store.name, "outcome": outcome})
-
     async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
-                rows = await self._timed(self._store.read(statement, parameters))
-        except (StoreFault, TimeoutError) as fault:
-            self._reading.begin(str(fault) or "no answer in time")
+            return await self._wait_for(self._store.read(statement, parameters), READ_TIMEOUT_S, self._reading)
+        except StoreFault:
             return []
-        self._reading.end()
-        return rows
 
     async def _write(self, *statements: Statement, settle: bool = False) -> Rows:
         try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                rows = await self._timed(self._store.write(*statements, settle=settle))
-        except (StoreFault, TimeoutError) as fault:
-            self._writing.begin(str(fault) or "no answer in time")
+            return await self._wait_for(self._store.write(*statements, settle=settle), WRITE_TIMEOUT_S, self._writing)
+        except StoreFault as fault:
             raise CacheUnavailable(503, CANNOT_WRITE, ask_again(5)) from fault
-        self._writing.end()
-        return rows
+
+    async def _wait_for(self, rows: Awaitable[Rows], seconds: float, outage: Outage) -> Rows:
+        """The rows. Raises StoreFault, also if they do not come in time. The metrics and the log know of it."""
+        started, outcome = time.perf_counter(), "failed"
+        try:
+            async with asyncio.timeout(seconds):
+                found = await rows
+            outcome = "ok"
+        except (StoreFault, TimeoutError) as fault:
+            outage.begin(str(fault) or "no answer in time")
+            raise StoreFault from fault
+        finally:
+            store_duration.record(time.perf_counter() - started, {"store": self._store.name, "outcome": outcome})
+        outage.end()
+        return found
 
     def hit(self, question: Question) -> asyncio.Future[Answer | None]:
         """The cached answer, or None. Hits that come while a statement is under way share the next one."""
@@ -2288,14 +2283,6 @@ class Cache:
         self._checked_at = time.monotonic()
         outages = {"read": self._reading.reason, "written": self._writing.reason}
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
-
-    def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """The URI of a database with all rows that were stored before. Raises StoreFault."""
-        return self._store.open_copy()
-
-    async def report_damage(self, cause: str) -> None:
-        """Replace the database, because an export found it damaged."""
-        await self._store.report_damage(cause)
 
 
 # ======================================================================================================================
@@ -3959,8 +3946,8 @@ class Exporter:
     Most tools name no ETag. Therefore clients are known by address and User-Agent. A proxy may show one address for
     many clients, or several for one: then the last row but one lets the tools read on."""
 
-    def __init__(self, cache: Cache, folder: Path) -> None:
-        self._cache = cache
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store = store
         self._folder = folder  # for the files
         # The exporting process waits for an order, or carries one out. The first export starts it.
         self._process: asyncio.subprocess.Process | None = None
@@ -4042,7 +4029,7 @@ class Exporter:
                 if not isinstance(error, StoreFault):
                     await self._stop_process()  # the next export starts another one
                 elif "malformed" in str(error) or "not a database" in str(error):
-                    await self._cache.report_damage(str(error))
+                    await self._store.report_damage(str(error))
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     said = f"The export cannot be kept ({reason(error)}); ask again later."
                     raise HTTPException(503, said, ask_again(60)) from None
@@ -4063,7 +4050,7 @@ class Exporter:
         snapshot.open(self._folder)
         self._files.add(snapshot)
         details = snapshot.kind.details
-        async with self._cache.open_copy() as database:
+        async with self._store.open_copy() as database:
             order = {
                 "database": database,
                 "query": SNAPSHOT_WITH_DETAILS if details else SNAPSHOT,
@@ -4264,7 +4251,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
-            Exporter(cache, settings.upload_folder) as exporter,
+            Exporter(store, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
             background(log_offline_month()),
         ):

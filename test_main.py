@@ -1932,6 +1932,20 @@ async def test_a_file_moved_away_takes_its_last_rows_along(start: Start, caplog:
     assert len(logged(caplog, "^cache ")) == 1
 
 
+async def test_a_write_whose_file_is_replaced_meanwhile_is_carried_out_in_the_next_one(tmp_path: Path) -> None:
+    """Also if its connection is closed in the middle: nothing of it stays in the file that was moved away."""
+    database = tmp_path / "cache.db"
+    async with main.FileStore(database, 5) as store:
+        slow = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT max(i) FROM n"
+        removals = [(main.REMOVAL, (TRUCK, 1))] * 50
+        writing = asyncio.create_task(store.write((slow, ()), *removals, (main.REMOVED_AT, (TRUCK,))))
+        await asyncio.sleep(0.1)
+        saved = database.rename(tmp_path / "saved.db")
+        async with store.open_copy():
+            assert await writing == [(50,)]  # it grows with each removal
+        assert [len(sql(file, "SELECT * FROM removals")) for file in (saved, database)] == [0, 1]
+
+
 async def test_an_emptied_file_is_noticed_by_itself(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     """Nobody need store anything: soon exports work again, and a warning told why the cache is cold."""
     async with start() as service:
@@ -6677,10 +6691,7 @@ async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path)
     fill(tmp_path / "cache.db", 10_000, 200)
     kind = main.ExportKind("zstd", details=False)
     # Without the service, whose sweeping may find the damage first.
-    async with (
-        main.FileStore(tmp_path / "cache.db", 2) as store,
-        main.Exporter(main.Cache(store, 0), tmp_path) as exporter,
-    ):
+    async with main.FileStore(tmp_path / "cache.db", 2) as store, main.Exporter(store, tmp_path) as exporter:
         overwrite(NOISE, 2**18)(tmp_path / "cache.db")
         with pytest.raises(main.HTTPException, match="ask again"):
             await exporter.queue(kind, "").ready
