@@ -46,7 +46,6 @@ import csv
 import errno
 import gc
 import hmac
-import importlib.util
 import inspect
 import io
 import ipaddress
@@ -183,13 +182,8 @@ def check_limit(limit: str) -> str:
 CLUSTER_NODE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
 
 
-class ClusterAddress(NamedTuple):
-    """The address of an rqlite cluster: the URLs of its nodes in the order given, a user and a password. Both are empty
-    if none are given."""
-
-    nodes: list[str]
-    user: str
-    password: str
+# The URLs of an rqlite cluster's nodes, in the order given, a user and a password. Both are empty if none are given.
+ClusterAddress = tuple[list[str], str, str]
 
 
 def find_cluster(database: str) -> ClusterAddress | None:
@@ -210,7 +204,7 @@ def find_cluster(database: str) -> ClusterAddress | None:
     ):
         raise ValueError("neither a path nor like rqlite://user:password@db1:4001,db2:4001")
     http = "https" if scheme == "rqlites" else "http"
-    return ClusterAddress([f"{http}://{node[0]}{'' if node[1] else ':4001'}" for node in nodes if node], user, password)
+    return [f"{http}://{node[0]}{'' if node[1] else ':4001'}" for node in nodes if node], user, password
 
 
 def check_database(database: str) -> str:
@@ -449,7 +443,6 @@ ModelYear = Annotated[
 ]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
-UNREGISTERED = "7 - Manufacturer is not registered with NHTSA for sale or importation in the U.S."
 DOUBT = (
     "The Model Year decoded for this VIN may be incorrect. If you know the Model year, please enter it and decode again"
 )
@@ -501,18 +494,9 @@ class Body(BaseModel):
         return given
 
 
-class Asked(Body):
-    """A VIN, with its model year where it is known."""
-
+class LookupBody(Body):
     vin: Vin
     model_year: ModelYear = ""
-
-    @property
-    def question(self) -> Question:
-        return ask(self.vin, self.model_year)
-
-
-class LookupBody(Asked):
     details: StrictBool = Field(False, description="With all that vPIC says, as `attributes`")
 
 
@@ -1769,14 +1753,9 @@ CLUSTER_RIGHTS = {
 }
 
 
-class Member(NamedTuple):
-    """A node of a cluster, as the cluster knows it."""
-
-    url: str  # empty where it is not known
-    version: str  # empty before rqlite 8.36.3
-
-
-Members = dict[tuple[str, str], Member]  # by id and Raft address, which no other cluster has
+# By a node's id and Raft address, which no other cluster has: its URL, as the cluster knows it, and its version. The
+# URL is empty where it is not known, the version before rqlite 8.36.3.
+Members = dict[tuple[str, str], tuple[str, str]]
 
 
 class NoAnswer(Exception):
@@ -1819,12 +1798,12 @@ class ClusterStore(Store):
 
     name = "rqlite"
 
-    def __init__(self, address: ClusterAddress) -> None:
+    def __init__(self, nodes: list[str], user: str, password: str) -> None:
         super().__init__()
         # The nodes in the URL, and those that were found; the one that answered last is the first.
-        self._nodes = deque(address.nodes)
+        self._nodes = deque(nodes)
         # The nodes in the URL. They stay, because the cluster may know them by names that mean nothing here.
-        self._named = address.nodes
+        self._named = nodes
         # The other nodes, by id and Raft address.
         self._found: dict[tuple[str, str], str] = {}
         # When it is read again which nodes there are (loop time).
@@ -1835,8 +1814,8 @@ class ClusterStore(Store):
         self._caught_up = "strong"
         # The rights that our user lacks, of which the log has told.
         self._lacking = set[str]()
-        self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
-        self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
+        self._hosts = ", ".join(node.partition("://")[2] for node in nodes)
+        self._auth = aiohttp.BasicAuth(user, password, "utf-8") if user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
         # How many attempts have failed so far.
         self._failures = 0
@@ -1909,13 +1888,13 @@ class ClusterStore(Store):
                 break
         else:
             return
-        version = min([version, *[member.version for member in members.values() if member.version]], key=release)
+        version = min([version, *[version for _, version in members.values() if version]], key=release)
         if version != self._version and release(version) < release(CLUSTER_VERSION):
             log.warning("rqlite %s is older than %s: a snapshot that fails may cost rows", version, CLUSTER_VERSION)
         self._version = version
         if not members:  # our user has no right to see them
             return
-        all_know = all(release(member.version) >= release(CLUSTER_VERSION) for member in members.values())
+        all_know = all(release(version) >= release(CLUSTER_VERSION) for _, version in members.values())
         self._caught_up = "linearizable" if all_know else "strong"
         scheme = self._named[0].partition("//")[0]  # no statement, and no password, goes out without TLS
         found = {}
@@ -1943,8 +1922,7 @@ class ClusterStore(Store):
                 version = response.headers.get("X-Rqlite-Version", "").removeprefix("v")
                 nodes = json.loads(await response.read())["nodes"] if response.status == 200 else ()
                 return version, {
-                    (node["id"], node["addr"]): Member(node.get("api_addr", ""), node.get("version", ""))
-                    for node in nodes
+                    (node["id"], node["addr"]): (node.get("api_addr", ""), node.get("version", "")) for node in nodes
                 }
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
             return "", {}
@@ -2090,7 +2068,7 @@ def statements(script: str) -> Iterator[str]:
 
 def open_store(settings: Settings) -> FileStore | ClusterStore:
     cluster = find_cluster(settings.database)
-    return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
+    return ClusterStore(*cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
 
 
 # ======================================================================================================================
@@ -2404,18 +2382,13 @@ class Breaker:
         self._first_failed_at = 0.0  # the first failure since the last answer (monotonic)
         self._last_failed_at = 0.0  # the last failure (monotonic)
         self._open_until: float | None = None  # monotonic; None: closed
-        self._open_since = 0.0  # unix seconds
+        self.open_since = 0.0  # unix seconds
         self._probing = False  # the probe is under way
         breaker_gauge.set(0)
 
     @property
     def closed(self) -> bool:
         return self._open_until is None
-
-    @property
-    def state(self) -> str:
-        """`ok`, or since when the breaker is open."""
-        return "ok" if self.closed else f"open since {utc(self._open_since)}"
 
     def has_failed_for(self, seconds: float) -> bool:
         """Whether the breaker is open and the time from the first to the last failure is at least `seconds`. Not during
@@ -2464,7 +2437,7 @@ class Breaker:
 
     def _open(self) -> None:
         if self.closed:
-            self._open_since = time.time()
+            self.open_since = time.time()
             breaker_gauge.set(1)
             log.warning("breaker open: vPIC is left alone for %g s at a time", self._seconds)
         self._open_until = time.monotonic() + self._seconds
@@ -2496,7 +2469,9 @@ class Vpic:
     @property
     def state(self) -> str:
         """`ok`, `offline`, or since when the breaker is open."""
-        return "offline" if self.is_off else self.breaker.state
+        if self.is_off:
+            return "offline"
+        return "ok" if self.breaker.closed else f"open since {utc(self.breaker.open_since)}"
 
     def refusal(self) -> VpicUnavailable | None:
         """Why no call may be made now, or None if one may."""
@@ -2662,17 +2637,13 @@ OFFLINE_DAYS = 183  # if the data is older, the log warns
 VPIC_IDS = {"Make": "MakeID", "Model": "ModelID", "Manufacturer": "ManufacturerId"}
 
 
-def offline_installed() -> bool:
-    return importlib.util.find_spec("ultravin") is not None
-
-
 @cache
 def offline_month() -> str:
     """The month of the offline data, like 2026-10; empty if ultravin is not installed."""
-    if not offline_installed():
+    try:
+        import ultravin  # 6 MB; its data, 30 MB, are loaded when the first VIN is decoded
+    except ImportError:
         return ""
-    import ultravin  # 6 MB; its data, 30 MB, are loaded when the first VIN is decoded
-
     return str(ultravin.provenance()["data_month"]).replace("_", "-")
 
 
@@ -4136,16 +4107,15 @@ class Access:
 
     async def check(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a valid key where one is needed, then a 429 beyond the client's limit."""
-        if tag not in self.open_tags and not self._has_key(scope):
+        # All keys are compared, each in constant time, so the time taken says nothing.
+        if tag not in self.open_tags and not any(
+            [hmac.compare_digest(given, key) for given in find_keys(scope) for key in self.keys]
+        ):
             raise HTTPException(401, NO_KEY, {"WWW-Authenticate": choose_challenge(scope)})
         if tag != "export":
             await self.count(scope, tag, 1)
         elif is_whole_download(scope):
             await self.count(scope, tag, 1, counts=False)  # the route counts it when it builds the file
-
-    def _has_key(self, scope: Scope) -> bool:
-        """Whether a key of the request is valid. All are compared in constant time, so the time taken says nothing."""
-        return any([hmac.compare_digest(given, key) for given in find_keys(scope) for key in self.keys])
 
     async def count(self, scope: Scope, tag: Tag, cost: int, counts: bool = True) -> None:
         """Raises a 429 if the client has less than this cost left; then nothing is counted."""
@@ -4241,7 +4211,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
     """Open the service. Raises StartupError, whose sentence is then the last line of the log."""
     try:
         settings = read_settings()
-        if not settings.vpic_url and not offline_installed():
+        if not settings.vpic_url and not offline_month():
             raise StartupError("bad settings: VINCACHE_VPIC_URL is empty and the package ultravin is not installed")
         open_log(settings.log, settings.log_vins)
         log.info("settings: %s", settings)
@@ -4654,7 +4624,7 @@ async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details
 )
 async def lookup_post(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return await look_up(request, body.question, body.details)
+    return await look_up(request, ask(body.vin, body.model_year), body.details)
 
 
 QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # .2, 0.2, 0, 1 or 1.000

@@ -734,7 +734,7 @@ def test_bad_setting_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
 )
 def test_a_cluster_is_named_by_its_nodes(database: str, nodes: list[str], user: str, password: str) -> None:
     """In the order given, on rqlite's own port where none is; the password may have anything in it."""
-    assert main.find_cluster(database) == main.ClusterAddress(nodes, user, password)
+    assert main.find_cluster(database) == (nodes, user, password)
 
 
 def test_all_bad_settings_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4538,7 +4538,7 @@ def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
     hypothesis = pytest.importorskip("hypothesis")
     some = hypothesis.strategies
     years = some.integers(1900, 2100)
-    text, number = main.Asked.model_json_schema()["properties"]["model_year"]["anyOf"]
+    text, number = main.LookupBody.model_json_schema()["properties"]["model_year"]["anyOf"]
     known = {year for year in ("", *(f"{year:04}" for year in range(10_000))) if re.search(text["pattern"], year)}
     assert known - {""} == {str(year) for year in range(number["minimum"], number["maximum"] + 1)}
     for year in known - {""}:
