@@ -46,7 +46,6 @@ import csv
 import errno
 import gc
 import hmac
-import importlib.util
 import inspect
 import io
 import ipaddress
@@ -183,13 +182,8 @@ def check_limit(limit: str) -> str:
 CLUSTER_NODE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
 
 
-class ClusterAddress(NamedTuple):
-    """The address of an rqlite cluster: the URLs of its nodes in the order given, a user and a password. Both are empty
-    if none are given."""
-
-    nodes: list[str]
-    user: str
-    password: str
+# The URLs of an rqlite cluster's nodes, in the order given, a user and a password. Both are empty if none are given.
+ClusterAddress = tuple[list[str], str, str]
 
 
 def find_cluster(database: str) -> ClusterAddress | None:
@@ -210,7 +204,7 @@ def find_cluster(database: str) -> ClusterAddress | None:
     ):
         raise ValueError("neither a path nor like rqlite://user:password@db1:4001,db2:4001")
     http = "https" if scheme == "rqlites" else "http"
-    return ClusterAddress([f"{http}://{node[0]}{'' if node[1] else ':4001'}" for node in nodes if node], user, password)
+    return [f"{http}://{node[0]}{'' if node[1] else ':4001'}" for node in nodes if node], user, password
 
 
 def check_database(database: str) -> str:
@@ -452,7 +446,6 @@ ModelYear = Annotated[
 ]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
-UNREGISTERED = "7 - Manufacturer is not registered with NHTSA for sale or importation in the U.S."
 DOUBT = (
     "The Model Year decoded for this VIN may be incorrect. If you know the Model year, please enter it and decode again"
 )
@@ -506,18 +499,9 @@ class Body(BaseModel):
         return given
 
 
-class Asked(Body):
-    """A VIN, with its model year where it is known."""
-
+class LookupBody(Body):
     vin: Vin
     model_year: ModelYear = ""
-
-    @property
-    def question(self) -> Question:
-        return ask(self.vin, self.model_year)
-
-
-class LookupBody(Asked):
     details: StrictBool = Field(False, description="With all that vPIC says, as `attributes`")
 
 
@@ -771,60 +755,18 @@ COLUMNS = Record._fields[:-1]
 
 
 # ======================================================================================================================
-# Errors: each has a status and one sentence for the caller; the cause is for the log. `render_error` renders them all.
+# Errors: each is an HTTPException with a status and one sentence for the caller. It has a class of its own only if the
+# service catches it. `render_error` renders them all.
 # ======================================================================================================================
 
 
-class VincacheError(HTTPException):
-    """An error that the service raises for a request.
-
-    `retry_after` (seconds) becomes the header Retry-After; `fields` are further keys of the body, beside `detail`."""
-
-    status = 500
-    retry_after: float | None = None  # of all errors of a class: an estimate
-
-    def __init__(self, detail: str, *, retry_after: float | None = None, **fields: str) -> None:
-        headers = None
-        if retry_after is not None:
-            self.retry_after = retry_after
-        if self.retry_after is not None:
-            # At least 1, because a client would ask again at once after 0.
-            headers = {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
-        super().__init__(self.status, detail, headers)
-        self.fields = fields
+def ask_again(seconds: float) -> dict[str, str]:
+    """The header Retry-After: at least 1, because a client would ask again at once after 0."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
-class TooManyRequests(VincacheError):
-    status = 429
-
-
-class BodyTooLarge(VincacheError):
-    status = 413
-
-
-class UnsupportedBody(VincacheError):
-    status = 415
-
-
-class UploadFailed(VincacheError):
-    status = 503
-    retry_after = 60
-
-
-class CacheUnavailable(VincacheError):
-    status = 503
-    retry_after = 5
-
-
-class ExportFailed(VincacheError):
-    status = 503
-    retry_after = 5
-
-
-class ExportRefused(VincacheError):
-    """Asking again does not help."""
-
-    status = 503
+class CacheUnavailable(HTTPException):
+    """The cache can't be written."""
 
 
 class Failure(NamedTuple):
@@ -849,17 +791,17 @@ SWITCHED_OFF = Failure(503, "vPIC is switched off, and the offline data does not
 SERVICE_FAULT = Failure(503, "The service failed to ask vPIC; its log has the cause.")
 
 
-class VpicUnavailable(VincacheError):
-    """vPIC gave no usable answer. `cause` is for the log."""
+class VpicUnavailable(HTTPException):
+    """vPIC gave no usable answer. `cause` is for the log, `retry_after` (seconds) and the VIN are for the caller."""
 
-    def __init__(self, failure: Failure, cause: str = "", *, retry_after: float | None = None, **fields: str) -> None:
-        self.failure, self.status, self.cause = failure, failure.status, cause
-        super().__init__(failure.detail, retry_after=retry_after, **fields)
+    def __init__(self, failure: Failure, cause: str = "", *, retry_after: float | None = None, vin: str = "") -> None:
+        self.failure, self.cause, self.retry_after, self.vin = failure, cause, retry_after, vin
+        super().__init__(failure.status, failure.detail, None if retry_after is None else ask_again(retry_after))
 
     def about(self, vin: str) -> "VpicUnavailable":
         """A copy for one caller and its VIN, because a shared exception would collect the tracebacks of all callers."""
         wait = self.retry_after
-        if wait is None and self.status == 503 and self.cause:  # vPIC refused the call; it counts calls by the minute
+        if wait is None and self.failure.status == 503 and self.cause:  # vPIC refused; it counts calls by the minute
             wait = 60
         return VpicUnavailable(self.failure, retry_after=wait, vin=vin)
 
@@ -882,7 +824,7 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
             faults = [Fault(type=fault["type"], loc=list(fault["loc"]), msg=fault["msg"]) for fault in error.errors()]
         return JSONResponse(Invalid(detail=faults).model_dump(), 422, NOT_STORED)
     if isinstance(error, HTTPException):
-        body = {"detail": error.detail, **getattr(error, "fields", {})}
+        body = {"detail": error.detail} | ({"vin": error.vin} if isinstance(error, VpicUnavailable) else {})
         return JSONResponse(body, error.status_code, NOT_STORED | dict(error.headers or {}))
     return JSONResponse({"detail": "The service failed to answer this; its log has the cause."}, 500, NOT_STORED)
 
@@ -1404,17 +1346,32 @@ class StoreFault(Exception):
 
 
 class Store(Protocol):
-    """Carries statements out."""
+    """Carries statements out. Use it as `async with`. Raises StartupError then, if that can never work."""
 
     name: str
+    _writes: Tasks  # they go on when their callers leave
+    _resources: AsyncExitStack  # what is closed with the store
+
+    def __init__(self) -> None:
+        self._writes, self._resources = Tasks(), AsyncExitStack()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._writes.finish()
+        await self._resources.aclose()
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         """The rows, with all writes before. Raises StoreFault."""
 
     async def write(self, *statements: Statement, settle: bool = False) -> Rows:
         """Carry the statements out as one transaction, which goes on when the caller leaves. Returns the rows of the
-        last one. With `settle`, it returns when no read can miss what was written, also after an election. Raises
-        StoreFault."""
+        last one. With `settle`, it returns when no read can miss what was written, also after an election.
+
+        Raises StoreFault. Then a file has not changed. A cluster may have carried the statements out, or have returned
+        their rows to nobody."""
+        return await self._writes.run(self._write(statements, settle))
+
+    async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
+        """As `write`, but it ends when the caller leaves."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
         """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
@@ -1611,9 +1568,8 @@ async def transact(connection: aiosqlite.Connection, statements: Sequence[Statem
     return rows
 
 
-class FileStore:
-    """One SQLite file. Use it as `async with`. Raises StartupError if it can't be opened and written, or is another
-    program's.
+class FileStore(Store):
+    """One SQLite file. Raises StartupError if it can't be opened and written, or is another program's.
 
     | what happens to the open file          | who notices it         | what the store does                            |
     |----------------------------------------|------------------------|------------------------------------------------|
@@ -1632,13 +1588,12 @@ class FileStore:
     name = "file"
 
     def __init__(self, path: Path, busy_timeout: float) -> None:
+        super().__init__()
         self._path = path.absolute()
         self._busy_timeout = busy_timeout  # seconds for which a write waits for a lock
         self._file: OpenFile | None = None  # None: closed
         self._replacing = asyncio.Lock()  # held by the task that closes the file and opens another one
         self._writing = asyncio.Lock()  # held by the transaction that is carried out
-        self._writes = Tasks()  # they go on when their callers leave
-        self._resources = AsyncExitStack()  # what is closed with the store
 
     async def __aenter__(self) -> "FileStore":
         try:
@@ -1656,8 +1611,7 @@ class FileStore:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._writes.finish()
-        await self._resources.aclose()
+        await super().__aexit__()
         if self._file is not None:
             await self._file.connections.aclose()
 
@@ -1752,15 +1706,12 @@ class FileStore:
             except (sqlite3.Error, ValueError) as error:  # ValueError: another task has closed the connection
                 if is_damage(error):
                     await self.report_damage(str(error), file)
-                if file is self._file or self._file is None:
+                if file is self._file:
                     raise StoreFault(reason(error)) from error
 
-    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
-        """As in `Store`. If it raises StoreFault, nothing was written. It returns within `busy_timeout`, which includes
-        the wait for other transactions. What was written is settled."""
-        return await self._writes.run(self._write(statements))
-
-    async def _write(self, statements: Sequence[Statement]) -> Rows:
+    async def _write(self, statements: Sequence[Statement], _: bool) -> Rows:
+        """It returns within `busy_timeout`, which includes the wait for other transactions. What was written is
+        settled."""
         deadline = asyncio.get_running_loop().time() + self._busy_timeout
         async with self._writing:
             for last in (False, True):
@@ -1772,10 +1723,11 @@ class FileStore:
                     # No other timeout than SQLite's, because after that one it is certain that nothing was written.
                     await file.writer.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
                     return await transact(file.writer, statements)
-                except sqlite3.Error as error:
-                    if last or not is_damage(error):
+                except (sqlite3.Error, ValueError) as error:  # ValueError: another task has closed the connection
+                    if is_damage(error):
+                        await self._replace(file, str(error), damaged=True)
+                    if last or file is self._file:
                         raise StoreFault(reason(error)) from error
-                    await self._replace(file, str(error), damaged=True)
         raise AssertionError  # the second round returns or raises
 
     @asynccontextmanager
@@ -1811,14 +1763,9 @@ CLUSTER_RIGHTS = {
 }
 
 
-class Member(NamedTuple):
-    """A node of a cluster, as the cluster knows it."""
-
-    url: str  # empty where it is not known
-    version: str  # empty before rqlite 8.36.3
-
-
-Members = dict[tuple[str, str], Member]  # by id and Raft address, which no other cluster has
+# By a node's id and Raft address, which no other cluster has: its URL, as the cluster knows it, and its version. The
+# URL is empty where it is not known, the version before rqlite 8.36.3.
+Members = dict[tuple[str, str], tuple[str, str]]
 
 
 class NoAnswer(Exception):
@@ -1833,9 +1780,9 @@ class Refused(StoreFault):
     """The cluster refuses our user, which waiting does not mend."""
 
 
-class ClusterStore:
-    """An rqlite cluster (https://rqlite.io/docs/api/). Use it as `async with`. Raises StartupError if the cluster
-    refuses our user or holds a database that is not ours.
+class ClusterStore(Store):
+    """An rqlite cluster (https://rqlite.io/docs/api/). Raises StartupError if the cluster refuses our user or holds a
+    database that is not ours.
 
     The nodes in the URL find the cluster; which others it has is read from it now and then, so nodes may come and go.
     Every node forwards a statement to the leader. A statement stays with the node that answered last; if that does not
@@ -1861,11 +1808,12 @@ class ClusterStore:
 
     name = "rqlite"
 
-    def __init__(self, address: ClusterAddress) -> None:
+    def __init__(self, nodes: list[str], user: str, password: str) -> None:
+        super().__init__()
         # The nodes in the URL, and those that were found; the one that answered last is the first.
-        self._nodes = deque(address.nodes)
+        self._nodes = deque(nodes)
         # The nodes in the URL. They stay, because the cluster may know them by names that mean nothing here.
-        self._named = address.nodes
+        self._named = nodes
         # The other nodes, by id and Raft address.
         self._found: dict[tuple[str, str], str] = {}
         # When it is read again which nodes there are (loop time).
@@ -1876,15 +1824,13 @@ class ClusterStore:
         self._caught_up = "strong"
         # The rights that our user lacks, of which the log has told.
         self._lacking = set[str]()
-        self._hosts = ", ".join(node.partition("://")[2] for node in address.nodes)
-        self._auth = aiohttp.BasicAuth(address.user, address.password, "utf-8") if address.user else None
+        self._hosts = ", ".join(node.partition("://")[2] for node in nodes)
+        self._auth = aiohttp.BasicAuth(user, password, "utf-8") if user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
         # How many attempts have failed so far.
         self._failures = 0
         # Of these, how many had failed when the last attempt was begun that has shown that the leader has caught up.
         self._failures_settled = -1
-        self._writes = Tasks()  # which go on if their callers leave
-        self._resources = AsyncExitStack()  # what is closed with the store
 
     async def __aenter__(self) -> "ClusterStore":
         async with AsyncExitStack() as resources:
@@ -1904,13 +1850,9 @@ class ClusterStore:
                 raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
             except StoreFault as fault:
                 self._fault = str(fault)  # the first statement tells of it, `_watch` tries again
-            resources.push_async_callback(self._writes.finish)
             await resources.enter_async_context(background(self._watch()))
             self._resources = resources.pop_all()
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._resources.aclose()
 
     async def _open(self, seconds: float) -> None:
         """Make the cluster's database ours, if it is empty or an older one. Raises StoreFault, and StartupError."""
@@ -1956,13 +1898,13 @@ class ClusterStore:
                 break
         else:
             return
-        version = min([version, *[member.version for member in members.values() if member.version]], key=release)
+        version = min([version, *[version for _, version in members.values() if version]], key=release)
         if version != self._version and release(version) < release(CLUSTER_VERSION):
             log.warning("rqlite %s is older than %s: a snapshot that fails may cost rows", version, CLUSTER_VERSION)
         self._version = version
         if not members:  # our user has no right to see them
             return
-        all_know = all(release(member.version) >= release(CLUSTER_VERSION) for member in members.values())
+        all_know = all(release(version) >= release(CLUSTER_VERSION) for _, version in members.values())
         self._caught_up = "linearizable" if all_know else "strong"
         scheme = self._named[0].partition("//")[0]  # no statement, and no password, goes out without TLS
         found = {}
@@ -1990,8 +1932,7 @@ class ClusterStore:
                 version = response.headers.get("X-Rqlite-Version", "").removeprefix("v")
                 nodes = json.loads(await response.read())["nodes"] if response.status == 200 else ()
                 return version, {
-                    (node["id"], node["addr"]): Member(node.get("api_addr", ""), node.get("version", ""))
-                    for node in nodes
+                    (node["id"], node["addr"]): (node.get("api_addr", ""), node.get("version", "")) for node in nodes
                 }
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
             return "", {}
@@ -2010,17 +1951,9 @@ class ClusterStore:
                 log.warning("the user of the cluster lacks the right %s: %s", right, consequence)
 
     async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        """The rows, as the leader has them. Raises StoreFault."""
         given = [parameters] if isinstance(parameters, dict) else parameters
         [rows], _ = await self._ask_if_open("query?level=weak", [[statement, *given]])
         return rows
-
-    async def write(self, *statements: Statement, settle: bool = False) -> Rows:
-        """Carry the statements out as one transaction; the rows that the last one returns.
-
-        Raises StoreFault if that is not known, or if the rows may have been returned to nobody. A caller that leaves
-        breaks nothing off."""
-        return await self._writes.run(self._write(statements, settle))
 
     async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
         given = [[statement, *parameters] for statement, parameters in statements]
@@ -2145,7 +2078,7 @@ def statements(script: str) -> Iterator[str]:
 
 def open_store(settings: Settings) -> FileStore | ClusterStore:
     cluster = find_cluster(settings.database)
-    return ClusterStore(cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
+    return ClusterStore(*cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
 
 
 # ======================================================================================================================
@@ -2153,6 +2086,7 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
 # raises CacheUnavailable.
 # ======================================================================================================================
 
+CANNOT_WRITE = "The cache cannot be written at the moment; ask again later."
 READ_TIMEOUT_S = 5  # a read that takes longer fails; it is longer than CLUSTER_TIMEOUT_S
 WRITE_TIMEOUT_S = 60  # after which nobody waits for a write any longer, because the disk hangs; the write may go on
 # If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
@@ -2180,34 +2114,32 @@ class Cache:
         self._checking: asyncio.Task[str] | None = None  # the last check
         self._checked_at = -math.inf  # when the last check ended (monotonic)
 
-    async def _timed(self, work: Awaitable[Rows]) -> Rows:
-        started, outcome = time.perf_counter(), "failed"
-        try:
-            rows = await work
-            outcome = "ok"
-            return rows
-        finally:
-            store_duration.record(time.perf_counter() - started, {"store": self._store.name, "outcome": outcome})
-
     async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
         try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
-                rows = await self._timed(self._store.read(statement, parameters))
-        except (StoreFault, TimeoutError) as fault:
-            self._reading.begin(str(fault) or "no answer in time")
+            return await self._wait_for(self._store.read(statement, parameters), READ_TIMEOUT_S, self._reading)
+        except StoreFault:
             return []
-        self._reading.end()
-        return rows
 
     async def _write(self, *statements: Statement, settle: bool = False) -> Rows:
         try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                rows = await self._timed(self._store.write(*statements, settle=settle))
+            return await self._wait_for(self._store.write(*statements, settle=settle), WRITE_TIMEOUT_S, self._writing)
+        except StoreFault as fault:
+            raise CacheUnavailable(503, CANNOT_WRITE, ask_again(5)) from fault
+
+    async def _wait_for(self, rows: Awaitable[Rows], seconds: float, outage: Outage) -> Rows:
+        """The rows. Raises StoreFault, also if they do not come in time. The metrics and the log know of it."""
+        started, outcome = time.perf_counter(), "failed"
+        try:
+            async with asyncio.timeout(seconds):
+                found = await rows
+            outcome = "ok"
         except (StoreFault, TimeoutError) as fault:
-            self._writing.begin(str(fault) or "no answer in time")
-            raise CacheUnavailable("The cache cannot be written at the moment; ask again later.") from fault
-        self._writing.end()
-        return rows
+            outage.begin(str(fault) or "no answer in time")
+            raise StoreFault from fault
+        finally:
+            store_duration.record(time.perf_counter() - started, {"store": self._store.name, "outcome": outcome})
+        outage.end()
+        return found
 
     def hit(self, question: Question) -> asyncio.Future[Answer | None]:
         """The cached answer, or None. Hits that come while a statement is under way share the next one."""
@@ -2340,14 +2272,6 @@ class Cache:
         outages = {"read": self._reading.reason, "written": self._writing.reason}
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
-    def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """The URI of a database with all rows that were stored before. Raises StoreFault."""
-        return self._store.open_copy()
-
-    async def report_damage(self, cause: str) -> None:
-        """Replace the database, because an export found it damaged."""
-        await self._store.report_damage(cause)
-
 
 # ======================================================================================================================
 # vPIC: the only room that calls it. First the translation of its answers, without I/O; then the breaker; then the call,
@@ -2469,18 +2393,13 @@ class Breaker:
         self._first_failed_at = 0.0  # the first failure since the last answer (monotonic)
         self._last_failed_at = 0.0  # the last failure (monotonic)
         self._open_until: float | None = None  # monotonic; None: closed
-        self._open_since = 0.0  # unix seconds
+        self.open_since = 0.0  # unix seconds
         self._probing = False  # the probe is under way
         breaker_gauge.set(0)
 
     @property
     def closed(self) -> bool:
         return self._open_until is None
-
-    @property
-    def state(self) -> str:
-        """`ok`, or since when the breaker is open."""
-        return "ok" if self.closed else f"open since {utc(self._open_since)}"
 
     def has_failed_for(self, seconds: float) -> bool:
         """Whether the breaker is open and the time from the first to the last failure is at least `seconds`. Not during
@@ -2529,7 +2448,7 @@ class Breaker:
 
     def _open(self) -> None:
         if self.closed:
-            self._open_since = time.time()
+            self.open_since = time.time()
             breaker_gauge.set(1)
             log.warning("breaker open: vPIC is left alone for %g s at a time", self._seconds)
         self._open_until = time.monotonic() + self._seconds
@@ -2561,7 +2480,9 @@ class Vpic:
     @property
     def state(self) -> str:
         """`ok`, `offline`, or since when the breaker is open."""
-        return "offline" if self.is_off else self.breaker.state
+        if self.is_off:
+            return "offline"
+        return "ok" if self.breaker.closed else f"open since {utc(self.breaker.open_since)}"
 
     def refusal(self) -> VpicUnavailable | None:
         """Why no call may be made now, or None if one may."""
@@ -2626,7 +2547,7 @@ class Vpic:
         try:
             return await self._call(questions, deadline)
         except VpicUnavailable as error:
-            outcome = {503: "refused", 504: "timeout"}.get(error.status, "failed")
+            outcome = {503: "refused", 504: "timeout"}.get(error.status_code, "failed")
             others = f" and {len(questions) - 1} more" if len(questions) > 1 else ""
             took = time.perf_counter() - started
             log.warning("vPIC call failed: %s%s: %s after %.2f s", vin_of(questions[0]), others, error.cause, took)
@@ -2727,17 +2648,13 @@ OFFLINE_DAYS = 183  # if the data is older, the log warns
 VPIC_IDS = {"Make": "MakeID", "Model": "ModelID", "Manufacturer": "ManufacturerId"}
 
 
-def offline_installed() -> bool:
-    return importlib.util.find_spec("ultravin") is not None
-
-
 @cache
 def offline_month() -> str:
     """The month of the offline data, like 2026-10; empty if ultravin is not installed."""
-    if not offline_installed():
+    try:
+        import ultravin  # 6 MB; its data, 30 MB, are loaded when the first VIN is decoded
+    except ImportError:
         return ""
-    import ultravin  # 6 MB; its data, 30 MB, are loaded when the first VIN is decoded
-
     return str(ultravin.provenance()["data_month"]).replace("_", "-")
 
 
@@ -3753,7 +3670,7 @@ async def receive_file(
 ) -> AsyncIterator[Fleet]:
     """Receive a file and read it through. The file has no name, and is gone at the end, whatever happens.
 
-    Raises UploadFailed if it can't be kept, UnsupportedBody if it is compressed, a 422, and ClientDisconnect."""
+    Raises a 503 if it can't be kept, a 415 if it is compressed, a 422, and ClientDisconnect."""
     file: BinaryIO | None = None
     try:
         try:
@@ -3761,7 +3678,8 @@ async def receive_file(
             encoding = await receive_pieces(pieces, file)
         except OSError as error:
             log.warning("upload failed: %s", error)
-            raise UploadFailed(f"The file cannot be kept ({reason(error)}); send it again later.") from None
+            said = f"The file cannot be kept ({reason(error)}); send it again later."
+            raise HTTPException(503, said, ask_again(60)) from None
         opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind))
         try:
             while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
@@ -3777,7 +3695,7 @@ async def receive_file(
 
 
 async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO) -> str:
-    """Write the file, and return its encoding. Raises UnsupportedBody if it is compressed, and OSError."""
+    """Write the file, and return its encoding. Raises a 415 if it is compressed, and OSError."""
     utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
     async for piece in pieces:  # the last one is empty
         await in_upload_thread(file.write, piece)
@@ -3789,7 +3707,7 @@ async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO) -> str:
     await in_upload_thread(file.seek, 0)
     head = file.read(4)
     if head.startswith(PACKED):
-        raise UnsupportedBody("The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
+        raise HTTPException(415, "The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
     return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
 
 
@@ -3970,7 +3888,7 @@ class Snapshot:
     def __init__(self, kind: ExportKind) -> None:
         self.kind = kind
         self.etag = f'"{secrets.token_hex(16)}"'
-        self.ready: asyncio.Task[None]  # it ends when the file is written, or raises ExportFailed
+        self.ready: asyncio.Task[None]  # it ends when the file is written, or raises a 503
         self.clients: set[str] = set()  # they go on in this snapshot
         self.readers = 0  # responses that are being sent
         self.used = 0.0  # when a request came for it, or the last response was sent, by the monotonic clock
@@ -4011,8 +3929,8 @@ class Exporter:
     Most tools name no ETag. Therefore clients are known by address and User-Agent. A proxy may show one address for
     many clients, or several for one: then the last row but one lets the tools read on."""
 
-    def __init__(self, cache: Cache, folder: Path) -> None:
-        self._cache = cache
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store = store
         self._folder = folder  # for the files
         # The exporting process waits for an order, or carries one out. The first export starts it.
         self._process: asyncio.subprocess.Process | None = None
@@ -4094,15 +4012,14 @@ class Exporter:
                 if not isinstance(error, StoreFault):
                     await self._stop_process()  # the next export starts another one
                 elif "malformed" in str(error) or "not a database" in str(error):
-                    await self._cache.report_damage(str(error))
+                    await self._store.report_damage(str(error))
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     said = f"The export cannot be kept ({reason(error)}); ask again later."
-                    raise ExportFailed(said, retry_after=60) from None
+                    raise HTTPException(503, said, ask_again(60)) from None
                 if isinstance(error, Refused):
-                    raise ExportRefused(
-                        "The user of the cluster lacks the right to back up: there is no export."
-                    ) from None
-                raise ExportFailed("The export could not be built; ask again.") from None
+                    said = "The user of the cluster lacks the right to back up: there is no export."
+                    raise HTTPException(503, said) from None
+                raise HTTPException(503, "The export could not be built; ask again.", ask_again(5)) from None
 
     async def _write(self, snapshot: Snapshot) -> None:
         """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
@@ -4116,7 +4033,7 @@ class Exporter:
         snapshot.open(self._folder)
         self._files.add(snapshot)
         details = snapshot.kind.details
-        async with self._cache.open_copy() as database:
+        async with self._store.open_copy() as database:
             order = {
                 "database": database,
                 "query": SNAPSHOT_WITH_DETAILS if details else SNAPSHOT,
@@ -4201,24 +4118,23 @@ class Access:
         self.unchecked_tags = self.open_tags - self.limits.keys()
 
     async def check(self, scope: Scope, tag: Tag) -> None:
-        """Raises a 401 without a valid key where one is needed, then TooManyRequests beyond the client's limit."""
-        if tag not in self.open_tags and not self._has_key(scope):
+        """Raises a 401 without a valid key where one is needed, then a 429 beyond the client's limit."""
+        # All keys are compared, each in constant time, so the time taken says nothing.
+        if tag not in self.open_tags and not any(
+            [hmac.compare_digest(given, key) for given in find_keys(scope) for key in self.keys]
+        ):
             raise HTTPException(401, NO_KEY, {"WWW-Authenticate": choose_challenge(scope)})
         if tag != "export":
             await self.count(scope, tag, 1)
         elif is_whole_download(scope):
             await self.count(scope, tag, 1, counts=False)  # the route counts it when it builds the file
 
-    def _has_key(self, scope: Scope) -> bool:
-        """Whether a key of the request is valid. All are compared in constant time, so the time taken says nothing."""
-        return any([hmac.compare_digest(given, key) for given in find_keys(scope) for key in self.keys])
-
     async def count(self, scope: Scope, tag: Tag, cost: int, counts: bool = True) -> None:
-        """Raises TooManyRequests if the client has less than this cost left; then nothing is counted."""
+        """Raises a 429 if the client has less than this cost left; then nothing is counted."""
         if cost > 0 and (limit := self.limits.get(tag)) is not None:
             client, _ = scope["client"] or ("unknown", 0)
             if wait := await self._rates.client(limit, tag, client_network(client), cost, counts):
-                raise TooManyRequests(f"The limit is {limit}; ask again later.", retry_after=wait)
+                raise HTTPException(429, f"The limit is {limit}; ask again later.", ask_again(wait))
 
     def check_size(self, tag: Tag, cost: int) -> None:
         """Raises a 422 if the cost is above the whole limit: waiting, as a 429 asks for, would not help."""
@@ -4264,14 +4180,14 @@ def client_network(client: str) -> str:
 def limit_body(scope: Scope, receive: Receive, most: int) -> Receive:
     """`receive` for a body of at most `most` bytes.
 
-    Raises BodyTooLarge: at once if the header says so, else when more bytes have come. Raises UnsupportedBody if the
-    body is compressed."""
+    Raises a 413: at once if the header says so, else when more bytes have come. Raises a 415 if the body is compressed.
+    """
     headers = Headers(scope=scope)
-    too_large = BodyTooLarge(f"A body has {most:,} bytes at most; send less at a time.")
+    too_large = HTTPException(413, f"A body has {most:,} bytes at most; send less at a time.")
     if int(headers.get("content-length", 0)) > most:
         raise too_large
     if headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedBody("The body is compressed; send it as it is.")
+        raise HTTPException(415, "The body is compressed; send it as it is.")
     size = 0
 
     async def receive_limited() -> Message:
@@ -4307,7 +4223,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
     """Open the service. Raises StartupError, whose sentence is then the last line of the log."""
     try:
         settings = read_settings()
-        if not settings.vpic_url and not offline_installed():
+        if not settings.vpic_url and not offline_month():
             raise StartupError("bad settings: VINCACHE_VPIC_URL is empty and the package ultravin is not installed")
         open_log(settings.log, settings.log_vins)
         log.info("settings: %s", settings)
@@ -4317,7 +4233,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
-            Exporter(cache, settings.upload_folder) as exporter,
+            Exporter(store, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
             background(log_offline_month()),
         ):
@@ -4571,9 +4487,7 @@ ERRORS: Responses = {
     413: error("The body is too large", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."),
     415: error("The body is compressed", "The body is compressed; send it as it is."),
     422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"},
-    503: error(
-        "Not possible now; Retry-After says when", "The cache cannot be written at the moment; ask again later."
-    ),
+    503: error("Not possible now; Retry-After says when", CANNOT_WRITE),
 }
 LOOKUP_ERRORS: Responses = {
     404: {"model": Undecodable, "description": "vPIC can't decode this VIN; that is cached too"},
@@ -4722,7 +4636,7 @@ async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details
 )
 async def lookup_post(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return await look_up(request, body.question, body.details)
+    return await look_up(request, ask(body.vin, body.model_year), body.details)
 
 
 QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # .2, 0.2, 0, 1 or 1.000
