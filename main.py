@@ -1368,6 +1368,16 @@ REMOVALS_KEPT_S = 3600  # longer than any call to vPIC takes that began before t
 CLOCK = "SELECT unixepoch()"
 CLOCK_TOLERANCE_S = 60  # a larger difference between this machine's clock and the store's is a warning
 
+# Takes the lease of the sweep, and returns a row to the process that has got it. The parameters are until when, and the
+# next second: a lease that lasts longer than this one would was taken with a wrong clock and does not count.
+LEASE_SWEEP = """
+INSERT INTO leases (work, leased_until) VALUES ('sweep', ?)
+ON CONFLICT (work) DO UPDATE SET leased_until = excluded.leased_until
+WHERE leased_until NOT BETWEEN ? AND excluded.leased_until
+RETURNING work
+"""
+EXTEND_SWEEP = "UPDATE leases SET leased_until = ? WHERE work = 'sweep'"
+
 # Of the next 1,000 rows after a VIN: the last VIN, and how many rows expired before a time.
 COUNT_EXPIRED = """
 SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
@@ -2283,21 +2293,29 @@ class Cache:
         return rows[0][0] if rows else None
 
     async def sweep(self, keep_expired: float) -> None:
-        """Without end, delete the rows that expired more than `keep_expired` seconds ago, 1,000 rows at a time."""
+        """Without end, delete the rows that expired more than `keep_expired` seconds ago, 1,000 rows at a time. Of the
+        processes that share the cache, one does so for all."""
+        period = math.ceil(min(3600, keep_expired / 10))
         while True:
             with suppress(CacheUnavailable):
-                if clock := await self._clock():
-                    await self._sweep_once(min(clock, time.time()), keep_expired)  # the store's clock may be wrong too
-            await asyncio.sleep(min(3600, max(1, keep_expired / 10)))
+                clock = await self._clock()
+                if clock and await self._write((LEASE_SWEEP, (clock + period, clock + 1))):
+                    await self._sweep_once(clock, keep_expired, period)
+            await asyncio.sleep(period)
 
-    async def _sweep_once(self, now: float, keep_expired: float) -> None:
+    async def _sweep_once(self, clock: int, keep_expired: float, period: int) -> None:
+        now = min(clock, time.time())  # the store's clock may be wrong too
         last, cutoff = "", now - keep_expired
+        began = extended = time.monotonic()
         while (counted := await self._read(COUNT_EXPIRED, (cutoff, last))) and counted[0][0] is not None:
             [(upto, expired)] = counted
             if expired:
                 await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
             last = upto
             await asyncio.sleep(0.05)  # for lookups
+            if time.monotonic() - extended > period / 2:  # a large table takes longer than the lease
+                extended = time.monotonic()
+                await self._write((EXTEND_SWEEP, (math.ceil(clock + extended - began + period),)))
         await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT_S) * 10**9,)))
 
     async def _clock(self) -> int | None:

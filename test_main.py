@@ -2434,10 +2434,54 @@ async def test_the_whole_journey_is_the_same_on_both(
             assert await service.delete(f"/remove/{FIRE_ENGINE}") == (200, removed)
         assert caching(await service.ask("GET", years))[:2] == (200, "MISS")
         database.sql(f"UPDATE vehicles SET expires_at = unixepoch() - 10 * 86400 WHERE vin <> '{TRUCK}'")
+        database.sql("UPDATE leases SET leased_until = unixepoch()")
     async with start(**setting):
         await until(lambda: database.sql("SELECT vin FROM vehicles") == [(TRUCK,)])
         assert database.sql("SELECT vin FROM attributes WHERE vin <> ''") == [(TRUCK,)]
     assert [*(tmp_path / "temporary").iterdir()] == []
+
+
+@BOTH
+async def test_one_process_sweeps_for_all_that_share_the_cache(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who got the lease; and nobody sweeps again before its end, unless it was taken with a clock that was wrong."""
+    attempts: list[bool] = []  # to take the lease, and whether it was got
+    write = main.Cache._write
+
+    async def note_attempts(cache: main.Cache, *statements: main.Statement, settle: bool = False) -> main.Rows:
+        rows = await write(cache, *statements, settle=settle)
+        if statements[0][0] == main.LEASE_SWEEP:
+            attempts.append(bool(rows))
+        return rows
+
+    monkeypatch.setattr(main.Cache, "_write", note_attempts)
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(opened_store(database.setting)) for _ in range(3)]
+        database.sql("DROP TABLE leases")  # a database of before has none
+        await stack.enter_async_context(opened_store(database.setting))
+        for ends_in, got in [(None, 1), (60, 0), (3600, 0), (0, 1), (-60, 1), (86400, 1)]:
+            if ends_in is not None:
+                database.sql(f"UPDATE leases SET leased_until = unixepoch() + {ends_in}")
+            attempts.clear()
+            async with AsyncExitStack() as sweeping:
+                for store in stores:
+                    await sweeping.enter_async_context(main.background(main.Cache(store, 0).sweep(86400)))
+                await until(lambda: len(attempts) == 3)
+            assert (ends_in, attempts.count(True)) == (ends_in, got)
+
+
+@BOTH
+async def test_a_lease_lasts_as_long_as_the_sweep(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the table is: nobody else begins meanwhile."""
+    passed = counting(0, 2000)
+    async with opened_store(database.setting) as store:
+        cache = main.Cache(store, 0)
+        await cache.store([(record(vin, expires_at=9), None) for vin in trucks(2500)])
+        monkeypatch.setattr(main, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: next(passed)}))
+        async with main.background(cache.sweep(86400)):
+            await until(lambda: database.sql("SELECT count(*) FROM vehicles") == [(0,)])
+            await until(lambda: database.sql("SELECT leased_until > unixepoch() + 7000 FROM leases") == [(1,)])
 
 
 class WrongClock:
@@ -4836,7 +4880,7 @@ class MemoryStore:
     def __init__(self, simulation: "Simulation") -> None:
         self._simulation, self._chance = simulation, simulation.chance
         self._database = memory_database()
-        for table in ("vehicles", "attributes", "removals"):
+        for table in ("vehicles", "attributes", "removals", "leases"):
             self._database.execute(f"DELETE FROM {table}")
         self.weather = "well"
         self.read_failed_at = -math.inf
