@@ -2574,6 +2574,24 @@ async def test_services_share_what_they_store_and_remove(start: Start, vpic: Pla
         assert [len(pd.read_parquet(io.BytesIO(body))) for _, body in exports] == [101] * 6
 
 
+@BOTH
+async def test_services_that_share_a_cache_refresh_a_row_once(
+    start: Start, vpic: PlayedVpic, database: Database
+) -> None:
+    """Though each has served it in its grace, also while vPIC is being asked."""
+    async with start(database=database.setting) as one, start(database=database.setting) as two:
+        await asyncio.gather(*one.asking(trucks(60)))
+        database.sql("UPDATE vehicles SET expires_at = unixepoch() - 86400")
+        vpic.calls.clear()
+        go = vpic.holds(lambda _, vins: web_answer(*(flat(vin, Model="389") for vin in vins)))
+        for _ in range(2):
+            asked = [request for service in (one, two, one) for request in service.asking(trucks(60))]
+            assert {body["model"] for _, body, _ in await asyncio.gather(*asked)} == {flat(TRUCK)["Model"]}
+        go.set()
+        await until(lambda: database.sql("SELECT DISTINCT model FROM vehicles") == [("389",)])
+        assert sorted(vpic.asked) == trucks(60)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_a_leader_that_is_lost_costs_no_answer(
     start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture, how: signal.Signals
@@ -4125,6 +4143,19 @@ async def test_a_failed_refresh_is_not_tried_again_for_stale_ttl(start: Start, v
             assert (await service.lookup(TRUCK))[1]["cached_result"] is True
             await asyncio.sleep(0.01)
         assert vpic.calls == [[TRUCK]]
+
+
+async def test_a_lookup_that_joins_a_refresh_needs_no_claim(start: Start, vpic: PlayedVpic) -> None:
+    """If the row can't be claimed, its refresh ends, but who has come to wait for vPIC gets vPIC's answer."""
+    async with start(attributes=False) as service:
+        await service.lookup(HONDA)
+        service.expire(days=1)
+    async with start(busy_timeout=1, offline=False) as service:
+        with locked(service.database):
+            assert (await service.lookup(HONDA))[1]["cached_result"] is True
+            told = await details_told(service, "query")
+        assert (told["cached_result"], told["attributes"]["Trim"]) == (False, "EX-V6")
+        assert vpic.calls == [[HONDA]] * 2
 
 
 async def test_refreshes_come_after_everybody_who_waits(start: Start, vpic: PlayedVpic) -> None:
