@@ -1352,8 +1352,8 @@ RETURNING vin, model_year_asked
 
 
 def claim_rows(count: int) -> str:
-    """The statement that claims so many rows in their grace. Its parameters are the new `expires_at`, the VINs, each VIN
-    and its model year with a comma between them, and the time."""
+    """The statement that claims so many rows in their grace. Its parameters are the new `expires_at`, the VINs, each
+    VIN and its model year with a comma between them, and the time."""
     # No json_each, because rqlite then returns no rows. The first condition finds the rows by the primary key.
     several = ", ".join("?" * count)
     return f"""
