@@ -2657,6 +2657,131 @@ async def test_a_leader_that_has_not_caught_up_is_not_believed(start: Start, vpi
         assert await service.were_cached(trucks(10, 900_010)) == [True] * 10
 
 
+class Told(NamedTuple):
+    """What a client was told, and when it asked and had the answer."""
+
+    vin: str
+    removes: bool  # it asked to remove the VIN, not for it
+    began: float
+    ended: float
+    status: int
+    there: bool  # it was cached, or there was a row to remove
+    source: int  # the number of the call to vPIC that the answer is from
+
+
+class History:
+    """Clients that ask two services at random, and what they were told.
+
+    Some VINs are removed now and then, by one client at a time, and some never. vPIC numbers its calls, and the number
+    comes back as the model, so an answer tells when what it says was asked of vPIC."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.removed, self.kept = seed, trucks(12), trucks(12, 100)
+        self.removing = {vin: asyncio.Lock() for vin in self.removed}
+        self.told: list[Told] = []
+        self.called_at: list[float] = []  # when vPIC got each call
+        self.is_over = False
+
+    async def answer(self, _: web.Request, vins: list[str]) -> web.Response:
+        number = len(self.called_at)
+        self.called_at.append(time.monotonic())
+        await asyncio.sleep(0.02)
+        return await web_answer(*(flat(vin, Model=str(number)) for vin in vins))
+
+    async def look_up(self, service: Service, vin: str) -> None:
+        began = time.monotonic()
+        status, body = await service.lookup(vin)
+        cached, model = (body["cached_result"], body["model"]) if status == 200 else (False, "-1")
+        self.told.append(Told(vin, False, began, time.monotonic(), status, cached, int(model)))
+
+    async def remove(self, service: Service, vin: str) -> None:
+        async with self.removing[vin]:
+            began = time.monotonic()
+            status, body = await service.delete(f"/remove/{vin}")
+            there = status == 200 and body["cache_delete_success"]
+            self.told.append(Told(vin, True, began, time.monotonic(), status, there, -1))
+
+    async def client(self, number: int, services: Sequence[Service]) -> None:
+        chance = random.Random(self.seed + number)  # noqa: S311
+        while not self.is_over:
+            service = chance.choice(services)
+            if chance.random() < 0.1:
+                await self.remove(service, chance.choice(self.removed))
+            else:
+                await self.look_up(service, chance.choice(self.removed + self.kept))
+            await asyncio.sleep(chance.random() * 0.03)
+
+    def violations(self, quiet_at: float, is_calm: bool) -> list[str]:
+        """What must not have been told. The services went on without the cache at no time if `is_calm`, else not after
+        `quiet_at`."""
+        found = [
+            f"failed: {told}" for told in self.told if told.status != 200 and not (told.removes and told.status == 503)
+        ]
+        for vin in self.removed + self.kept:
+            mine = sorted((told for told in self.told if told.vin == vin), key=lambda told: told.began)
+            lookups = [told for told in mine if not told.removes and told.status == 200]
+            removals = [told for told in mine if told.removes]
+            for told in lookups:
+                asked_at = self.called_at[told.source]
+                done = [other for other in removals if other.status == 200 and other.ended < told.began]
+                if told.there and done and done[-1].began > asked_at:
+                    found.append(f"stale: {told} after {done[-1]}")
+                known = [other for other in lookups if other.ended < told.began and (is_calm or other.there)]
+                if known and not removals and not told.there and (is_calm or told.began > quiet_at):
+                    found.append(f"lost: {told} after {known[-1]}")
+            for before, told in pairwise(removals):
+                hits = [
+                    other
+                    for other in lookups
+                    if other.there and self.called_at[other.source] > before.ended and other.ended < told.began
+                ]
+                if hits and (before.status, told.status, told.there) == (200, 200, False):
+                    found.append(f"not there: {told} after {hits[-1]}")
+        return found
+
+
+async def test_a_short_history_with_two_kills(launch: Launch, vpic: PlayedVpic, gather: Gather) -> None:
+    """Clients ask two services while the leader is killed, twice; the second time both other nodes have just started and
+    carry out their log. Nobody is told what was removed, and nothing that was acknowledged is lost."""
+    cluster = await gather()
+    history = History(seed=27)
+    vpic.fault = history.answer
+    processes = [launch(database=cluster.url(*order), offline=False) for order in ((0, 1, 2), (1, 2, 0))]
+    async with AsyncExitStack() as stack:
+        services = [await stack.enter_async_context(process.serving(vpic)) for process in processes]
+        clients = [asyncio.create_task(history.client(number, services)) for number in range(4)]
+        try:
+            for restarts in (False, True):
+                await asyncio.sleep(3)
+                leader = cluster.leader()
+                slow = [asyncio.to_thread(cluster.ask, leader, "POST", "/db/execute", [SLOW_WRITE]) for _ in range(30)]
+                await asyncio.gather(*slow)
+                await asyncio.gather(*[history.remove(services[0], vin) for vin in history.removed])
+                for node in {0, 1, 2} - {leader} if restarts else ():
+                    await asyncio.to_thread(cluster.kill, node)
+                    cluster.start(node)
+                    await until(cluster.is_ready, 60)
+                await asyncio.to_thread(cluster.kill, leader)
+                await asyncio.sleep(3)
+                cluster.start(leader)
+                await until(cluster.is_ready, 60)
+            await asyncio.sleep(3)
+        finally:
+            history.is_over = True
+            await asyncio.gather(*clients)
+        for service in services:
+            async with asyncio.timeout(60):
+                while (await service.get("/readyz"))[0] != 200:  # noqa: ASYNC110 - of another process
+                    await asyncio.sleep(0.5)
+        quiet_at = time.monotonic()
+        for vin in history.removed + history.kept:
+            for service in services:
+                await history.look_up(service, vin)
+    # A removal that may have been carried out before is no outage.
+    is_calm = not any(re.search(r"cache cannot be .*\((?!it may)", process.log.read_text()) for process in processes)
+    assert history.violations(quiet_at, is_calm) == []
+
+
 async def test_a_lost_cluster_costs_warmth_alone(
     start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture
 ) -> None:
