@@ -2741,7 +2741,7 @@ class History:
 
 
 async def test_a_short_history_with_two_kills(launch: Launch, vpic: PlayedVpic, gather: Gather) -> None:
-    """Clients ask two services while the leader is killed, twice; the second time both other nodes have just started and
+    """Clients ask two services while the leader is killed, twice: the second time both others have just started, and still
     carry out their log. Nobody is told what was removed, and nothing that was acknowledged is lost."""
     cluster = await gather()
     history = History(seed=27)
