@@ -1290,16 +1290,30 @@ WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {le
     SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND model_year_asked = value ->> 1 AND source = 'vpic'))
 """  # noqa: S608 - as above
 
-# A row that was decoded offline is unconfirmed: from its `expires_at` on, vPIC is asked for it. CLAIM selects such rows
-# and sets a later `expires_at`, so that only one process asks for them, and asks not too often if vPIC does not answer.
+# A row that was decoded offline is unconfirmed: from its `expires_at` on, vPIC is asked for it. A row in its grace that
+# was served is refreshed. Before a process asks vPIC for such rows, it claims them: it selects them and sets a later
+# `expires_at`, so that no other process asks for them too, and nobody asks too often if vPIC does not answer.
 UNCONFIRMED = "SELECT count(*), count(*) FILTER (WHERE expires_at <= ?) FROM vehicles WHERE source = 'offline'"
 # REPLACE, because rqlite returns no rows of an UPDATE that has a subquery.
-CLAIM = f"""
+CLAIM_UNCONFIRMED = f"""
 REPLACE INTO vehicles ({", ".join(COLUMNS)})
 SELECT {", ".join("?" if column == "expires_at" else column for column in COLUMNS)}
 FROM vehicles WHERE source = 'offline' AND expires_at <= ? ORDER BY expires_at LIMIT ?
 RETURNING vin, model_year_asked
 """  # noqa: S608 - our own column names
+
+
+def claim_rows(count: int) -> str:
+    """The statement that claims so many rows in their grace. Its parameters are the new `expires_at`, the VINs, each
+    VIN and its model year with a comma between them, and the time."""
+    # No json_each, because rqlite then returns no rows. The first condition finds the rows by the primary key.
+    several = ", ".join("?" * count)
+    return f"""
+    UPDATE vehicles SET expires_at = ?
+    WHERE vin IN ({several}) AND vin || ',' || model_year_asked IN ({several}) AND source = 'vpic' AND expires_at <= ?
+    RETURNING vin, model_year_asked
+    """  # noqa: S608 - as above
+
 
 EXTEND = """
 UPDATE vehicles SET expires_at = max(expires_at, ?)
@@ -1319,6 +1333,16 @@ REMOVALS_KEPT_S = 3600  # longer than any call to vPIC takes that began before t
 
 CLOCK = "SELECT unixepoch()"
 CLOCK_TOLERANCE_S = 60  # a larger difference between this machine's clock and the store's is a warning
+
+# Takes the lease of the sweep, and returns a row to the process that has got it. The parameters are until when, and the
+# next second: a lease that lasts longer than this one would was taken with a wrong clock and does not count.
+LEASE_SWEEP = """
+INSERT INTO leases (work, leased_until) VALUES ('sweep', ?)
+ON CONFLICT (work) DO UPDATE SET leased_until = excluded.leased_until
+WHERE leased_until NOT BETWEEN ? AND excluded.leased_until
+RETURNING work
+"""
+EXTEND_SWEEP = "UPDATE leases SET leased_until = ? WHERE work = 'sweep'"
 
 # Of the next 1,000 rows after a VIN: the last VIN, and how many rows expired before a time.
 COUNT_EXPIRED = """
@@ -2208,8 +2232,19 @@ class Cache:
         rows: Rows = []
         if due:
             with suppress(CacheUnavailable):
-                rows = await self._write((CLAIM, (math.ceil(now + seconds), now, most)))
+                rows = await self._write((CLAIM_UNCONFIRMED, (math.ceil(now + seconds), now, most)))
         return [ask(vin, model_year) for vin, model_year in rows]
+
+    async def claim_stale(self, questions: Sequence[Question], seconds: float) -> list[Question]:
+        """Of these questions those whose row has expired. No process claims them again for so many seconds."""
+        now = time.time()
+        vins = [vin_of(question) for question in questions]
+        keys = [f"{vin_of(question)},{model_year_of(question)}" for question in questions]
+        claim = claim_rows(len(questions)), (math.ceil(now + seconds), *vins, *keys, now)
+        with suppress(CacheUnavailable):
+            rows = await self._write(claim)
+            return [ask(vin, model_year) for vin, model_year in rows]
+        return []
 
     async def remove(self, vin: str) -> bool:
         """Remove the rows of a VIN, and prevent calls under way from storing one. Returns whether there was a row.
@@ -2225,21 +2260,29 @@ class Cache:
         return rows[0][0] if rows else None
 
     async def sweep(self, keep_expired: float) -> None:
-        """Without end, delete the rows that expired more than `keep_expired` seconds ago, 1,000 rows at a time."""
+        """Without end, delete the rows that expired more than `keep_expired` seconds ago, 1,000 rows at a time. Of the
+        processes that share the cache, one does so for all."""
+        period = math.ceil(min(3600, keep_expired / 10))
         while True:
             with suppress(CacheUnavailable):
-                if clock := await self._clock():
-                    await self._sweep_once(min(clock, time.time()), keep_expired)  # the store's clock may be wrong too
-            await asyncio.sleep(min(3600, max(1, keep_expired / 10)))
+                clock = await self._clock()
+                if clock and await self._write((LEASE_SWEEP, (clock + period, clock + 1))):
+                    await self._sweep_once(clock, keep_expired, period)
+            await asyncio.sleep(period)
 
-    async def _sweep_once(self, now: float, keep_expired: float) -> None:
+    async def _sweep_once(self, clock: int, keep_expired: float, period: int) -> None:
+        now = min(clock, time.time())  # the store's clock may be wrong too
         last, cutoff = "", now - keep_expired
+        began = extended = time.monotonic()
         while (counted := await self._read(COUNT_EXPIRED, (cutoff, last))) and counted[0][0] is not None:
             [(upto, expired)] = counted
             if expired:
                 await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
             last = upto
             await asyncio.sleep(0.05)  # for lookups
+            if time.monotonic() - extended > period / 2:  # a large table takes longer than the lease
+                extended = time.monotonic()
+                await self._write((EXTEND_SWEEP, (math.ceil(clock + extended - began + period),)))
         await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT_S) * 10**9,)))
 
     async def _clock(self) -> int | None:
@@ -2743,6 +2786,10 @@ class Ticket:
         self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
         self.failures = 0  # failed calls for which no other VIN can be the reason
 
+    def is_only_in(self, queue: "Queue") -> bool:
+        """Whether the ticket has waiters of this queue alone."""
+        return bool(self.waiters) and all(waiter.queue is queue for waiter in self.waiters)
+
 
 class Queue:
     """Tickets that wait for a call to vPIC, in order."""
@@ -3150,6 +3197,7 @@ class Lookups:
                 seconds = self._settings.vpic_batch_timeout
             deadline = asyncio.get_running_loop().time() + seconds
             tickets, records = await self._skip_cached(tickets, deadline)
+            tickets = await self._skip_claimed(tickets)
             if tickets:
                 questions = [ticket.question for ticket in tickets]
                 decoded = await self._vpic.decode(questions, deadline, patient=call.background)
@@ -3180,6 +3228,19 @@ class Lookups:
             else:
                 rest.append(ticket)
         return rest, records
+
+    async def _skip_claimed(self, tickets: list[Ticket]) -> list[Ticket]:
+        """End the refreshes that another process has claimed. Returns the other tickets."""
+        queue = self._scheduler.refreshes
+        refreshes = {ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue)}
+        if not refreshes:
+            return tickets
+        for question in await self._cache.claim_stale([*refreshes], self._settings.stale_ttl):
+            refreshes.pop(question)
+        skipped = {ticket for ticket in refreshes.values() if ticket.is_only_in(queue)}  # else a lookup has joined it
+        for ticket in skipped:
+            self._end(ticket)
+        return [ticket for ticket in tickets if ticket not in skipped]
 
     async def _store_and_answer(self, tickets: list[Ticket], decoded: dict[Question, Words]) -> None:
         """Store vPIC's answers, then end their tickets."""

@@ -2448,10 +2448,54 @@ async def test_the_whole_journey_is_the_same_on_both(
             assert await service.delete(f"/remove/{FIRE_ENGINE}") == (200, removed)
         assert caching(await service.ask("GET", years))[:2] == (200, "MISS")
         database.sql(f"UPDATE vehicles SET expires_at = unixepoch() - 10 * 86400 WHERE vin <> '{TRUCK}'")
+        database.sql("UPDATE leases SET leased_until = unixepoch()")
     async with start(**setting):
         await until(lambda: database.sql("SELECT vin FROM vehicles") == [(TRUCK,)])
         assert database.sql("SELECT vin FROM attributes WHERE vin <> ''") == [(TRUCK,)]
     assert [*(tmp_path / "temporary").iterdir()] == []
+
+
+@BOTH
+async def test_one_process_sweeps_for_all_that_share_the_cache(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who got the lease; and nobody sweeps again before its end, unless it was taken with a clock that was wrong."""
+    attempts: list[bool] = []  # to take the lease, and whether it was got
+    write = main.Cache._write
+
+    async def note_attempts(cache: main.Cache, *statements: main.Statement, settle: bool = False) -> main.Rows:
+        rows = await write(cache, *statements, settle=settle)
+        if statements[0][0] == main.LEASE_SWEEP:
+            attempts.append(bool(rows))
+        return rows
+
+    monkeypatch.setattr(main.Cache, "_write", note_attempts)
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(opened_store(database.setting)) for _ in range(3)]
+        database.sql("DROP TABLE leases")  # a database of before has none
+        await stack.enter_async_context(opened_store(database.setting))
+        for ends_in, got in [(None, 1), (60, 0), (3600, 0), (0, 1), (-60, 1), (86400, 1)]:
+            if ends_in is not None:
+                database.sql(f"UPDATE leases SET leased_until = unixepoch() + {ends_in}")
+            attempts.clear()
+            async with AsyncExitStack() as sweeping:
+                for store in stores:
+                    await sweeping.enter_async_context(main.background(main.Cache(store, 0).sweep(86400)))
+                await until(lambda: len(attempts) == 3)
+            assert (ends_in, attempts.count(True)) == (ends_in, got)
+
+
+@BOTH
+async def test_a_lease_lasts_as_long_as_the_sweep(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the table is: nobody else begins meanwhile."""
+    passed = counting(0, 2000)
+    async with opened_store(database.setting) as store:
+        cache = main.Cache(store, 0)
+        await cache.store([(record(vin, expires_at=9), None) for vin in trucks(2500)])
+        monkeypatch.setattr(main, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: next(passed)}))
+        async with main.background(cache.sweep(86400)):
+            await until(lambda: database.sql("SELECT count(*) FROM vehicles") == [(0,)])
+            await until(lambda: database.sql("SELECT leased_until > unixepoch() + 7000 FROM leases") == [(1,)])
 
 
 class WrongClock:
@@ -2544,6 +2588,24 @@ async def test_services_share_what_they_store_and_remove(start: Start, vpic: Pla
         assert [len(pd.read_parquet(io.BytesIO(body))) for _, body in exports] == [101] * 6
 
 
+@BOTH
+async def test_services_that_share_a_cache_refresh_a_row_once(
+    start: Start, vpic: PlayedVpic, database: Database
+) -> None:
+    """Though each has served it in its grace, also while vPIC is being asked."""
+    async with start(database=database.setting) as one, start(database=database.setting) as two:
+        await asyncio.gather(*one.asking(trucks(60)))
+        database.sql("UPDATE vehicles SET expires_at = unixepoch() - 86400")
+        vpic.calls.clear()
+        go = vpic.holds(lambda _, vins: web_answer(*(flat(vin, Model="389") for vin in vins)))
+        for _ in range(2):
+            asked = [request for service in (one, two, one) for request in service.asking(trucks(60))]
+            assert {body["model"] for _, body, _ in await asyncio.gather(*asked)} == {flat(TRUCK)["Model"]}
+        go.set()
+        await until(lambda: database.sql("SELECT DISTINCT model FROM vehicles") == [("389",)])
+        assert sorted(vpic.asked) == trucks(60)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_a_leader_that_is_lost_costs_no_answer(
     start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture, how: signal.Signals
@@ -2607,6 +2669,131 @@ async def test_a_leader_that_has_not_caught_up_is_not_believed(start: Start, vpi
                 removed = removed[:-1] if body["cached_result"] else removed[-1:] + removed[:-1]
                 await asyncio.sleep(0.01)
         assert await service.were_cached(trucks(10, 900_010)) == [True] * 10
+
+
+class Told(NamedTuple):
+    """What a client was told, and when it asked and had the answer."""
+
+    vin: str
+    removes: bool  # it asked to remove the VIN, not for it
+    began: float
+    ended: float
+    status: int
+    there: bool  # it was cached, or there was a row to remove
+    source: int  # the number of the call to vPIC that the answer is from
+
+
+class History:
+    """Clients that ask two services at random, and what they were told.
+
+    Some VINs are removed now and then, by one client at a time, and some never. vPIC numbers its calls, and the number
+    comes back as the model, so an answer tells when what it says was asked of vPIC."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.removed, self.kept = seed, trucks(12), trucks(12, 100)
+        self.removing = {vin: asyncio.Lock() for vin in self.removed}
+        self.told: list[Told] = []
+        self.called_at: list[float] = []  # when vPIC got each call
+        self.is_over = False
+
+    async def answer(self, _: web.Request, vins: list[str]) -> web.Response:
+        number = len(self.called_at)
+        self.called_at.append(time.monotonic())
+        await asyncio.sleep(0.02)
+        return await web_answer(*(flat(vin, Model=str(number)) for vin in vins))
+
+    async def look_up(self, service: Service, vin: str) -> None:
+        began = time.monotonic()
+        status, body = await service.lookup(vin)
+        cached, model = (body["cached_result"], body["model"]) if status == 200 else (False, "-1")
+        self.told.append(Told(vin, False, began, time.monotonic(), status, cached, int(model)))
+
+    async def remove(self, service: Service, vin: str) -> None:
+        async with self.removing[vin]:
+            began = time.monotonic()
+            status, body = await service.delete(f"/remove/{vin}")
+            there = status == 200 and body["cache_delete_success"]
+            self.told.append(Told(vin, True, began, time.monotonic(), status, there, -1))
+
+    async def client(self, number: int, services: Sequence[Service]) -> None:
+        chance = random.Random(self.seed + number)  # noqa: S311
+        while not self.is_over:
+            service = chance.choice(services)
+            if chance.random() < 0.1:
+                await self.remove(service, chance.choice(self.removed))
+            else:
+                await self.look_up(service, chance.choice(self.removed + self.kept))
+            await asyncio.sleep(chance.random() * 0.03)
+
+    def violations(self, quiet_at: float, is_calm: bool) -> list[str]:
+        """What must not have been told. The services went on without the cache at no time if `is_calm`, else not after
+        `quiet_at`."""
+        found = [
+            f"failed: {told}" for told in self.told if told.status != 200 and not (told.removes and told.status == 503)
+        ]
+        for vin in self.removed + self.kept:
+            mine = sorted((told for told in self.told if told.vin == vin), key=lambda told: told.began)
+            lookups = [told for told in mine if not told.removes and told.status == 200]
+            removals = [told for told in mine if told.removes]
+            for told in lookups:
+                asked_at = self.called_at[told.source]
+                done = [other for other in removals if other.status == 200 and other.ended < told.began]
+                if told.there and done and done[-1].began > asked_at:
+                    found.append(f"stale: {told} after {done[-1]}")
+                known = [other for other in lookups if other.ended < told.began and (is_calm or other.there)]
+                if known and not removals and not told.there and (is_calm or told.began > quiet_at):
+                    found.append(f"lost: {told} after {known[-1]}")
+            for before, told in pairwise(removals):
+                hits = [
+                    other
+                    for other in lookups
+                    if other.there and self.called_at[other.source] > before.ended and other.ended < told.began
+                ]
+                if hits and (before.status, told.status, told.there) == (200, 200, False):
+                    found.append(f"not there: {told} after {hits[-1]}")
+        return found
+
+
+async def test_a_short_history_with_two_kills(launch: Launch, vpic: PlayedVpic, gather: Gather) -> None:
+    """Clients ask two services while the leader is killed, twice: the second time both others have just started, and
+    still carry out their log. Nobody is told what was removed, and nothing that was acknowledged is lost."""
+    cluster = await gather()
+    history = History(seed=27)
+    vpic.fault = history.answer
+    processes = [launch(database=cluster.url(*order), offline=False) for order in ((0, 1, 2), (1, 2, 0))]
+    async with AsyncExitStack() as stack:
+        services = [await stack.enter_async_context(process.serving(vpic)) for process in processes]
+        clients = [asyncio.create_task(history.client(number, services)) for number in range(4)]
+        try:
+            for restarts in (False, True):
+                await asyncio.sleep(3)
+                leader = cluster.leader()
+                slow = [asyncio.to_thread(cluster.ask, leader, "POST", "/db/execute", [SLOW_WRITE]) for _ in range(30)]
+                await asyncio.gather(*slow)
+                await asyncio.gather(*[history.remove(services[0], vin) for vin in history.removed])
+                for node in {0, 1, 2} - {leader} if restarts else ():
+                    await asyncio.to_thread(cluster.kill, node)
+                    cluster.start(node)
+                    await until(cluster.is_ready, 60)
+                await asyncio.to_thread(cluster.kill, leader)
+                await asyncio.sleep(3)
+                cluster.start(leader)
+                await until(cluster.is_ready, 60)
+            await asyncio.sleep(3)
+        finally:
+            history.is_over = True
+            await asyncio.gather(*clients)
+        for service in services:
+            async with asyncio.timeout(60):
+                while (await service.get("/readyz"))[0] != 200:  # noqa: ASYNC110 - of another process
+                    await asyncio.sleep(0.5)
+        quiet_at = time.monotonic()
+        for vin in history.removed + history.kept:
+            for service in services:
+                await history.look_up(service, vin)
+    # A removal that may have been carried out before is no outage.
+    is_calm = not any(re.search(r"cache cannot be .*\((?!it may)", process.log.read_text()) for process in processes)
+    assert history.violations(quiet_at, is_calm) == []
 
 
 async def test_a_lost_cluster_costs_warmth_alone(
@@ -4097,6 +4284,19 @@ async def test_a_failed_refresh_is_not_tried_again_for_stale_ttl(start: Start, v
         assert vpic.calls == [[TRUCK]]
 
 
+async def test_a_lookup_that_joins_a_refresh_needs_no_claim(start: Start, vpic: PlayedVpic) -> None:
+    """If the row can't be claimed, its refresh ends, but who has come to wait for vPIC gets vPIC's answer."""
+    async with start(attributes=False) as service:
+        await service.lookup(HONDA)
+        service.expire(days=1)
+    async with start(busy_timeout=1, offline=False) as service:
+        with locked(service.database):
+            assert (await service.lookup(HONDA))[1]["cached_result"] is True
+            told = await details_told(service, "query")
+        assert (told["cached_result"], told["attributes"]["Trim"]) == (False, "EX-V6")
+        assert vpic.calls == [[HONDA]] * 2
+
+
 async def test_refreshes_come_after_everybody_who_waits(start: Start, vpic: PlayedVpic) -> None:
     """A row in its grace can wait; a lookup and a batch that came later are asked before it."""
     async with start(vpic_concurrency=1) as service:
@@ -4850,7 +5050,7 @@ class MemoryStore:
     def __init__(self, simulation: "Simulation") -> None:
         self._simulation, self._chance = simulation, simulation.chance
         self._database = memory_database()
-        for table in ("vehicles", "attributes", "removals"):
+        for table in ("vehicles", "attributes", "removals", "leases"):
             self._database.execute(f"DELETE FROM {table}")
         self.weather = "well"
         self.read_failed_at = -math.inf
