@@ -213,9 +213,18 @@ def check_database(database: str) -> str:
     return database
 
 
+def check_moment(moment: datetime) -> datetime:
+    """The moment; in UTC if it names no zone. Raises ValueError if it is still to come."""
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if moment > datetime.now(UTC):
+        raise ValueError("still to come: an answer could never be new enough")
+    return moment
+
+
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 NoneOrSeconds = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
+Moment = Annotated[datetime, AfterValidator(check_moment)]
 Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
 Origins = Annotated[str, AfterValidator(check_origins)]
@@ -243,6 +252,7 @@ class Settings(BaseSettings):
     ttl: Seconds = 30 * 86400  # a decoded VIN stays fresh for this long: vPIC's data change with its releases
     invalid_ttl: Seconds = 86400  # an undecodable one: its manufacturer may register tomorrow
     grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, then vPIC is asked again
+    fresh_since: Moment | None = None  # what vPIC said before counts as just expired: its data changed, or were wrong
     keep_expired: Seconds = 30 * 86400  # an expired row is kept for this long, for outages of vPIC; then it is deleted
     attributes: bool = True  # store all that vPIC says, for details=true: some 1.3 kB a VIN
     busy_timeout: Seconds = 2  # a write waits this long for a locked file; then the answer is sent but not stored
@@ -1218,9 +1228,13 @@ FIELDS_SQL = (
 )
 STATUS = "iif(decoded, 200, 404)"
 DETAIL = f"iif(decoded, '', '{UNDECODABLE}')"
+# When a row expires. What vPIC said before `:fresh_since` expires now, unless it expires within `:stale_ttl` anyway. So
+# a row that was claimed, or that vPIC failed for, is left alone for `:stale_ttl`.
+EXPIRES_AT = """iif(source = 'vpic' AND fetched_at < :fresh_since AND expires_at > :now + :stale_ttl + 1,
+  CAST(:now AS INTEGER), expires_at)"""
 # A row from vPIC is also served during the grace. An offline row is served until vPIC's answer replaces it.
-OUTCOME = "iif(expires_at > :now OR source = 'offline', 'hit', 'stale')"
-SERVED = "expires_at > :now - :grace OR source = 'offline'"
+OUTCOME = f"iif({EXPIRES_AT} > :now OR source = 'offline', 'hit', 'stale')"
+SERVED = f"{EXPIRES_AT} > :now - :grace OR source = 'offline'"
 
 
 def json_object(fields: dict[str, str]) -> str:
@@ -1244,7 +1258,7 @@ def find_cached(columns: str, details: bool) -> str:
 def answer_columns(details: bool) -> str:
     more = {"attributes": "json(attributes)"} if details else {}
     body, error = json_object(FIELDS_SQL | more), json_object(FIELDS_SQL | {"detail": f"'{UNDECODABLE}'"} | more)
-    fresh_until = "iif(source = 'vpic', expires_at, 0)"  # 0: vPIC's answer may replace an offline row at any time
+    fresh_until = f"iif(source = 'vpic', {EXPIRES_AT}, 0)"  # 0: vPIC's answer may replace an offline row at any time
     return f"{STATUS}, CASE WHEN decoded THEN {body} ELSE {error} END, {OUTCOME}, fetched_at, {fresh_until}"
 
 
@@ -1264,8 +1278,8 @@ LINES = {
 }
 
 RECORDS = f"""
-SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS)}, attributes
-FROM json_each(?) AS asked
+SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS[:-1])}, {EXPIRES_AT}, attributes
+FROM json_each(:questions) AS asked
 LEFT JOIN removals ON removals.vin = substr(asked.value, 1, 17)
 LEFT JOIN vehicles
   ON vehicles.vin = substr(asked.value, 1, 17) AND vehicles.model_year_asked = substr(asked.value, 19)
@@ -1294,31 +1308,30 @@ WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {le
 # was served is refreshed. Before a process asks vPIC for such rows, it claims them: it selects them and sets a later
 # `expires_at`, so that no other process asks for them too, and nobody asks too often if vPIC does not answer.
 UNCONFIRMED = "SELECT count(*), count(*) FILTER (WHERE expires_at <= ?) FROM vehicles WHERE source = 'offline'"
-# REPLACE, because rqlite returns no rows of an UPDATE that has a subquery.
-CLAIM_UNCONFIRMED = f"""
-REPLACE INTO vehicles ({", ".join(COLUMNS)})
-SELECT {", ".join("?" if column == "expires_at" else column for column in COLUMNS)}
-FROM vehicles WHERE source = 'offline' AND expires_at <= ? ORDER BY expires_at LIMIT ?
-RETURNING vin, model_year_asked
-"""  # noqa: S608 - our own column names
 
 
-def claim_rows(count: int) -> str:
-    """The statement that claims so many rows in their grace. Its parameters are the new `expires_at`, the VINs, each
-    VIN and its model year with a comma between them, and the time."""
-    # No json_each, because rqlite then returns no rows. The first condition finds the rows by the primary key.
-    several = ", ".join("?" * count)
+def claim(rows: str) -> str:
+    """The statement that claims these rows until `:until`, and returns their questions."""
+    # REPLACE, because rqlite returns no rows of an UPDATE that has a subquery.
     return f"""
-    UPDATE vehicles SET expires_at = ?
-    WHERE vin IN ({several}) AND vin || ',' || model_year_asked IN ({several}) AND source = 'vpic' AND expires_at <= ?
+    REPLACE INTO vehicles ({", ".join(COLUMNS)})
+    SELECT {", ".join(":until" if column == "expires_at" else column for column in COLUMNS)} FROM {rows}
     RETURNING vin, model_year_asked
-    """  # noqa: S608 - as above
+    """  # noqa: S608 - our own column names
 
 
-EXTEND = """
-UPDATE vehicles SET expires_at = max(expires_at, ?)
-WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
-"""
+CLAIM_UNCONFIRMED = claim("vehicles WHERE source = 'offline' AND expires_at <= :now ORDER BY expires_at LIMIT :most")
+
+
+def claim_expired(count: int) -> str:
+    """The statement that claims, of the rows of the questions `:q0`, `:q1` and so on, those that have expired."""
+    names = [f":q{index}" for index in range(count)]
+    vins = ", ".join(f"substr({name}, 1, 17)" for name in names)
+    # No json_each, because rqlite then returns no rows. The first condition finds the rows by the primary key.
+    return claim(f"""vehicles
+    WHERE vin IN ({vins}) AND rtrim(vin || ',' || model_year_asked, ',') IN ({", ".join(names)})
+      AND source = 'vpic' AND {EXPIRES_AT} <= :now""")
+
 
 # `removed_at` grows with each removal of a VIN, whatever the clocks of several machines say, and also if the statement
 # is carried out twice. So a call to vPIC that began before a removal always finds another value than it read.
@@ -1361,7 +1374,8 @@ PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) V
 # ======================================================================================================================
 
 Rows = list[tuple[Any, ...]]
-Statement = tuple[str, Sequence[Any]]  # SQL, and its parameters
+Parameters = Sequence[Any] | dict[str, Any]  # by position or by name
+Statement = tuple[str, Parameters]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
@@ -1383,7 +1397,7 @@ class Store(Protocol):
         await self._writes.finish()
         await self._resources.aclose()
 
-    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+    async def read(self, statement: str, parameters: Parameters) -> Rows:
         """The rows, with all writes before. Raises StoreFault."""
 
     async def write(self, *statements: Statement, settle: bool = False) -> Rows:
@@ -1717,7 +1731,7 @@ class FileStore(Store):
             with suppress(StoreFault):  # the next write raises it again
                 await self._current()
 
-    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+    async def read(self, statement: str, parameters: Parameters) -> Rows:
         while True:
             if self._replacing.locked():  # another task is opening a file: wait for it
                 async with self._replacing:
@@ -1974,13 +1988,12 @@ class ClusterStore(Store):
                 self._lacking.add(right)
                 log.warning("the user of the cluster lacks the right %s: %s", right, consequence)
 
-    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        given = [parameters] if isinstance(parameters, dict) else parameters
-        [rows], _ = await self._ask_if_open("query?level=weak", [[statement, *given]])
+    async def read(self, statement: str, parameters: Parameters) -> Rows:
+        [rows], _ = await self._ask_if_open("query?level=weak", as_json_lists([(statement, parameters)]))
         return rows
 
     async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
-        given = [[statement, *parameters] for statement, parameters in statements]
+        given = as_json_lists(statements)
         [*_, rows], again = await self._ask_if_open("execute?transaction", given)
         if settle:
             await self._ask_if_open("query?level=strong", [[CLOCK]])
@@ -2089,6 +2102,14 @@ class ClusterStore(Store):
         """Do nothing: the damage was found in a backup, not in the cluster."""
 
 
+def as_json_lists(statements: Iterable[Statement]) -> list[list[Any]]:
+    """The statements in rqlite's form."""
+    return [
+        [statement, parameters] if isinstance(parameters, dict) else [statement, *parameters]
+        for statement, parameters in statements
+    ]
+
+
 def statements(script: str) -> Iterator[str]:
     """Its statements one by one; a trigger is one, whatever semicolons are in it."""
     statement = ""
@@ -2118,12 +2139,15 @@ WRITE_TIMEOUT_S = 60  # after which nobody waits for a write any longer, because
 MERGE_MAX = 16
 
 
+CLAIM_MOST = 500  # rows in a statement, because SQLite takes 32,766 parameters
+
+
 class Cache:
     """The rows in the store."""
 
-    def __init__(self, store: Store, grace: float) -> None:
+    def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
-        self._grace = grace  # seconds after its `expires_at` for which a row from vPIC is served
+        self._settings = settings
         self._reading, self._writing = [
             Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
             for done in ("read", "written")
@@ -2138,7 +2162,7 @@ class Cache:
         self._checking: asyncio.Task[str] | None = None  # the last check
         self._checked_at = -math.inf  # when the last check ended (monotonic)
 
-    async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+    async def _read(self, statement: str, parameters: Parameters) -> Rows:
         try:
             return await self._wait_for(self._store.read(statement, parameters), READ_TIMEOUT_S, self._reading)
         except StoreFault:
@@ -2200,13 +2224,21 @@ class Cache:
         return {question: (outcome, line if form.is_csv else line[0]) for question, outcome, *line in rows}
 
     async def _cached(self, statement: str, questions: Sequence[Question]) -> Rows:
-        return await self._read(
-            statement, {"questions": json.dumps(questions), "now": time.time(), "grace": self._grace}
-        )
+        return await self._read(statement, self._parameters(questions) | {"grace": self._settings.grace})
+
+    def _parameters(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """What EXPIRES_AT needs, and the questions."""
+        since = self._settings.fresh_since
+        return {
+            "questions": json.dumps(questions),
+            "now": time.time(),
+            "fresh_since": since.timestamp() if since else 0,
+            "stale_ttl": self._settings.stale_ttl,
+        }
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
         """The rows of these questions, fresh or not; and of all questions the last removal of the VIN."""
-        rows = await self._read(RECORDS, (json.dumps(questions),))
+        rows = await self._read(RECORDS, self._parameters(questions))
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
@@ -2216,35 +2248,33 @@ class Cache:
         with suppress(CacheUnavailable):  # `_write` has logged it
             await self._write((STORE, (rows,)))
 
-    async def extend(self, questions: Sequence[Question], expires_at: int) -> None:
-        """Move the end of these rows to `expires_at` (unix seconds)."""
-        with suppress(CacheUnavailable):
-            await self._write((EXTEND, (expires_at, json.dumps(questions))))
-
-    async def claim_unconfirmed(self, most: int, seconds: float) -> list[Question]:
-        """The questions of up to `most` unconfirmed rows, the oldest first. No process claims them again for so many
-        seconds."""
+    async def claim_unconfirmed(self, most: int) -> list[Question]:
+        """The questions of up to `most` unconfirmed rows, the oldest first. No process claims them again for
+        `offline_ttl`."""
         now = time.time()
         if not (counted := await self._read(UNCONFIRMED, (now,))):
             return []
         [(self.unconfirmed, due)] = counted
         unconfirmed_gauge.set(self.unconfirmed)
-        rows: Rows = []
-        if due:
-            with suppress(CacheUnavailable):
-                rows = await self._write((CLAIM_UNCONFIRMED, (math.ceil(now + seconds), now, most)))
-        return [ask(vin, model_year) for vin, model_year in rows]
+        if not due:
+            return []
+        return await self._claim(CLAIM_UNCONFIRMED, {"now": now, "most": most}, now + self._settings.offline_ttl)
 
-    async def claim_stale(self, questions: Sequence[Question], seconds: float) -> list[Question]:
-        """Of these questions those whose row has expired. No process claims them again for so many seconds."""
-        now = time.time()
-        vins = [vin_of(question) for question in questions]
-        keys = [f"{vin_of(question)},{model_year_of(question)}" for question in questions]
-        claim = claim_rows(len(questions)), (math.ceil(now + seconds), *vins, *keys, now)
+    async def claim_expired(self, questions: Sequence[Question]) -> list[Question]:
+        """Of these questions those whose row from vPIC has expired. It counts as fresh for `stale_ttl`, so that no
+        process claims it again."""
+        claimed: list[Question] = []
+        for some in (questions[start : start + CLAIM_MOST] for start in range(0, len(questions), CLAIM_MOST)):
+            parameters = self._parameters(some) | {f"q{index}": question for index, question in enumerate(some)}
+            until = parameters["now"] + self._settings.stale_ttl
+            claimed += await self._claim(claim_expired(len(some)), parameters, until)
+        return claimed
+
+    async def _claim(self, statement: str, parameters: dict[str, Any], until: float) -> list[Question]:
+        rows: Rows = []
         with suppress(CacheUnavailable):
-            rows = await self._write(claim)
-            return [ask(vin, model_year) for vin, model_year in rows]
-        return []
+            rows = await self._write((statement, parameters | {"until": math.ceil(until)}))
+        return [ask(vin, model_year) for vin, model_year in rows]
 
     async def remove(self, vin: str) -> bool:
         """Remove the rows of a VIN, and prevent calls under way from storing one. Returns whether there was a row.
@@ -3235,7 +3265,7 @@ class Lookups:
         refreshes = {ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue)}
         if not refreshes:
             return tickets
-        for question in await self._cache.claim_stale([*refreshes], self._settings.stale_ttl):
+        for question in await self._cache.claim_expired([*refreshes]):
             refreshes.pop(question)
         skipped = {ticket for ticket in refreshes.values() if ticket.is_only_in(queue)}  # else a lookup has joined it
         for ticket in skipped:
@@ -3322,7 +3352,7 @@ class Lookups:
         questions: list[Question] = []
         most = VPIC_VINS if self._vpic.breaker.closed else 1
         try:
-            questions = await self._cache.claim_unconfirmed(most, self._settings.offline_ttl)
+            questions = await self._cache.claim_unconfirmed(most)
         finally:
             self._claiming = False
             self._claim_at = asyncio.get_running_loop().time() + (0 if questions else CONFIRM_S)
@@ -3384,15 +3414,15 @@ class Lookups:
     async def _store_without_vpic(
         self, found: dict[Question, Found], removals: dict[Question, int | None], is_final: bool
     ) -> None:
-        """Store the rows that were decoded offline. If vPIC is not asked behind, extend stale rows by `stale_ttl`, so
-        that it is not asked again at once. Else the call behind would find a fresh row, and not ask."""
+        """Store the rows that were decoded offline. If vPIC is not asked behind, claim stale rows, so that it is not
+        asked again at once. Else the call behind would find a fresh row, and not ask."""
         offline = [(new.record, removals.get(q)) for q, new in found.items() if new.outcome == "offline"]
         if offline:
             await self._store(offline)
             self._claim_at = 0  # because these rows are unconfirmed
             self._wake()
         if is_final and (stale := [question for question, old in found.items() if old.outcome == "stale"]):
-            await self._cache.extend(stale, math.ceil(time.time() + self._settings.stale_ttl))
+            await self._cache.claim_expired(stale)
 
     # -- Batches -------------------------------------------------------------------------------------------------------
 
@@ -4293,7 +4323,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             Rates(settings.rate_storage, settings.vpic_rate, settings.nodes) as rates,
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
-            Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
+            Lookups(cache := Cache(store, settings), vpic, settings) as lookups,
             Exporter(store, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
             background(log_offline_month()),

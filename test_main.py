@@ -1788,7 +1788,7 @@ async def test_only_the_first_of_several_workers_moves_a_damaged_file(tmp_path: 
     database = tmp_path / "cache.db"
     fill(database, 10_000, 200)
     async with main.FileStore(database, 2) as one, main.FileStore(database, 2) as other:
-        first, second = main.Cache(one, 0), main.Cache(other, 0)
+        first, second = main.Cache(one, simulated_settings(grace=0)), main.Cache(other, simulated_settings(grace=0))
         overwrite(NOISE, 2**18)(database)
         for cache in (first, second):
             assert (await cache.records(trucks(10_000, 0)))[0] == {}
@@ -2349,7 +2349,7 @@ async def test_rows_come_back_as_they_were_stored(database: Database) -> None:
     bare = record(OTHER_TRUCK, source="offline", decoded=0)
     many = [record(vin, attributes='{"GVWR": "8"}') for vin in trucks(50)]
     async with opened_store(database.setting) as store:
-        cache = main.Cache(store, 0)
+        cache = main.Cache(store, simulated_settings(grace=0))
         await cache.store([(row, None) for row in (asked, bare)])
         await cache.store([(row, None) for row in many])
         rows = [asked, bare, *many]
@@ -2381,7 +2381,7 @@ async def test_what_was_removed_is_not_put_back(database: Database) -> None:
     """A removal is known to the nanosecond, differs from the one before it whatever the clock says, and outdoes what
     was fetched before it."""
     async with opened_store(database.setting) as store:
-        cache = main.Cache(store, 0)
+        cache = main.Cache(store, simulated_settings(grace=0))
         await cache.store([(record(), None), (record(year="1994"), None)])
         assert [await cache.remove(vin) for vin in (TRUCK, TRUCK, OTHER_TRUCK)] == [True, False, False]
         await store.write((main.REMOVAL, (TRUCK, first := 2**61 + 1)))
@@ -2399,7 +2399,7 @@ async def test_a_removal_is_one_transaction(tmp_path: Path) -> None:
     """If the row cannot be deleted, the removal is not noted either: nobody reads the one without the other."""
     path = tmp_path / "cache.db"
     async with main.FileStore(path, 2) as store:
-        cache = main.Cache(store, 0)
+        cache = main.Cache(store, simulated_settings(grace=0))
         await cache.store([(record(), None)])
         sql(path, "CREATE TRIGGER keep BEFORE DELETE ON vehicles BEGIN SELECT RAISE(ABORT, 'kept'); END")
         with pytest.raises(main.CacheUnavailable):
@@ -2480,7 +2480,9 @@ async def test_one_process_sweeps_for_all_that_share_the_cache(
             attempts.clear()
             async with AsyncExitStack() as sweeping:
                 for store in stores:
-                    await sweeping.enter_async_context(main.background(main.Cache(store, 0).sweep(86400)))
+                    await sweeping.enter_async_context(
+                        main.background(main.Cache(store, simulated_settings(grace=0)).sweep(86400))
+                    )
                 await until(lambda: len(attempts) == 3)
             assert (ends_in, attempts.count(True)) == (ends_in, got)
 
@@ -2490,7 +2492,7 @@ async def test_a_lease_lasts_as_long_as_the_sweep(database: Database, monkeypatc
     """However large the table is: nobody else begins meanwhile."""
     passed = counting(0, 2000)
     async with opened_store(database.setting) as store:
-        cache = main.Cache(store, 0)
+        cache = main.Cache(store, simulated_settings(grace=0))
         await cache.store([(record(vin, expires_at=9), None) for vin in trucks(2500)])
         monkeypatch.setattr(main, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: next(passed)}))
         async with main.background(cache.sweep(86400)):
@@ -2563,7 +2565,7 @@ async def test_a_fault_of_sqlites_own_is_told_at_once(database: Database) -> Non
         ):
             with pytest.raises(main.StoreFault, match=why):
                 await asyncio.wait_for(work, 0.4)
-        assert await main.Cache(store, 0).check() == "ok"
+        assert await main.Cache(store, simulated_settings(grace=0)).check() == "ok"
 
 
 async def test_services_share_what_they_store_and_remove(start: Start, vpic: PlayedVpic, cluster: Cluster) -> None:
@@ -2604,6 +2606,45 @@ async def test_services_that_share_a_cache_refresh_a_row_once(
         go.set()
         await until(lambda: database.sql("SELECT DISTINCT model FROM vehicles") == [("389",)])
         assert sorted(vpic.asked) == trucks(60)
+
+
+@BOTH
+async def test_what_vpic_said_before_its_release_is_served_and_asked_anew(
+    start: Start, vpic: PlayedVpic, database: Database
+) -> None:
+    """FRESH_SINCE voids rows without losing them: while vPIC fails they are served, then each is asked for once."""
+    vins = trucks(60)
+    async with start(database=database.setting) as service:
+        await asyncio.gather(*service.asking(vins))
+    database.sql("UPDATE vehicles SET fetched_at = fetched_at - 86400")
+    release = datetime.now(UTC).isoformat()
+    vpic.fault = refuses(500)
+    async with start(database=database.setting, fresh_since=release) as service:
+        told = await asyncio.gather(*service.asking(vins))
+        assert {(status, headers["X-Cache"]) for status, _, headers in told} == {(200, "STALE")}
+    database.sql("UPDATE vehicles SET expires_at = unixepoch() + 86400")
+    vpic.fault = None
+    vpic.calls.clear()
+    async with start(database=database.setting, fresh_since=release) as service:
+        go = vpic.holds(lambda _, vins: web_answer(*(flat(vin, Model="389") for vin in vins)))
+        for _ in range(2):
+            told = await asyncio.gather(*service.asking(vins))
+            assert {body["model"] for _, body, _ in told} == {flat(TRUCK)["Model"]}
+        go.set()
+        await until(lambda: database.sql("SELECT DISTINCT model FROM vehicles") == [("389",)])
+        told = await asyncio.gather(*service.asking(vins))
+        assert {(body["model"], headers["X-Cache"]) for _, body, headers in told} == {("389", "HIT")}
+        assert sorted(vpic.asked) == vins
+
+
+async def test_without_grace_what_vpic_said_before_its_release_waits_for_vpic(start: Start, vpic: PlayedVpic) -> None:
+    async with start() as service:
+        await service.lookup(TRUCK)
+        sql(service.database, "UPDATE vehicles SET fetched_at = fetched_at - 100")
+    vpic.fault = lambda _, vins: web_answer(*(flat(vin, Model="389") for vin in vins))
+    async with start(grace=0, fresh_since=datetime.now(UTC).isoformat()) as service:
+        assert (await service.lookup(TRUCK))[1]["model"] == "389"
+        assert (await service.ask("GET", f"/lookup/{TRUCK}"))[2]["X-Cache"] == "HIT"
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
@@ -2963,7 +3004,7 @@ async def test_an_older_cluster_is_migrated_once(cluster: Cluster, caplog: pytes
     async with AsyncExitStack() as stack:
         opening = [stack.enter_async_context(opened_store(cluster.url(node))) for node in (0, 1, 2, 0, 1, 2)]
         for store in await asyncio.gather(*opening):
-            assert len(await main.Cache(store, 0).answers(trucks(20, 0))) == 20
+            assert len(await main.Cache(store, simulated_settings(grace=0)).answers(trucks(20, 0))) == 20
     [owner] = cluster.sql(main.OWNER)
     assert owner[:2] == (main.APPLICATION_ID, main.SCHEMA_VERSION)
     assert cluster.sql("SELECT count(*) FROM vehicles") == [(20_000,)]
@@ -3789,6 +3830,20 @@ def test_patience_cannot_be_longer_than_a_lookup(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     with environment(patience=9), pytest.raises(main.StartupError, match=r"PATIENCE is longer than VINCACHE_VPIC_T"):
         main.read_settings()
+
+
+def test_a_release_is_a_day_or_a_moment_of_the_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a zone it is UTC; one to come is a bad setting."""
+    monkeypatch.chdir(tmp_path)
+    moments = {"2026-10-01": 1790812800, "2026-10-01T12:00:00": 1790856000, "2026-10-01T12:00:00+02:00": 1790848800}
+    for text, seconds in moments.items():
+        with environment(fresh_since=text):
+            since = main.read_settings().fresh_since
+            assert since is not None, text
+            assert since.timestamp() == seconds, text
+    for text, why in {"2999-01-01": "still to come", "October": "valid date", "": "valid date"}.items():
+        with environment(fresh_since=text), pytest.raises(main.StartupError, match=f"VINCACHE_FRESH_SINCE: .*{why}"):
+            main.read_settings()
 
 
 async def test_a_stand_in_never_says_no(start: Start, vpic: PlayedVpic) -> None:
@@ -5356,7 +5411,7 @@ class Simulation:
     async def _open(self) -> None:
         rates = main.Rates("async+memory://", self.settings.vpic_rate, 1)
         vpic = main.Vpic(cast(Any, self.vpic), rates, self.settings)
-        self.cache, self.breaker = main.Cache(cast(Any, self.store), self.settings.grace), vpic.breaker
+        self.cache, self.breaker = main.Cache(cast(Any, self.store), self.settings), vpic.breaker
         await self._stack.enter_async_context(main.background(self.cache.sweep(self.settings.keep_expired)))
         self.lookups = await self._stack.enter_async_context(main.Lookups(self.cache, vpic, self.settings))
 
