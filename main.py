@@ -844,6 +844,7 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
 # ======================================================================================================================
 
 log = logging.getLogger("vincache")
+VERSION = "1.0.0"  # of this service; the metrics and each export have it
 
 # Without the OpenTelemetry SDK these do nothing.
 meter = metrics.get_meter("vincache")
@@ -853,7 +854,15 @@ BOUNDARIES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 create_histogram = partial(meter.create_histogram, unit="s", explicit_bucket_boundaries_advisory=BOUNDARIES_S)
 vpic_duration = create_histogram("vincache.vpic.duration", description="Duration of calls to vPIC, by outcome")
 store_duration = create_histogram("vincache.store.duration", description="Duration of statements, by store and outcome")
+export_duration = create_histogram("vincache.export.duration", description="Duration of building exports, by outcome")
+waiting_gauge = meter.create_gauge("vincache.lookups.waiting", description="Lookups that wait for a call to vPIC")
+calls_gauge = meter.create_gauge("vincache.vpic.calls", description="Calls to vPIC under way")
+# These three are counted by the process that sweeps, when it does.
+rows_gauge = meter.create_gauge("vincache.rows", description="Rows in the cache")
+expired_gauge = meter.create_gauge("vincache.rows.expired", description="Of these, rows that have expired")
+size_gauge = meter.create_gauge("vincache.size", unit="By", description="Size of the database")
 unconfirmed_gauge = meter.create_gauge("vincache.unconfirmed", description="Rows decoded offline, not by vPIC yet")
+build_gauge = meter.create_gauge("vincache.build_info", description="1, with the versions that run")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 
@@ -941,9 +950,9 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
         yield None
         return
     try:
+        import prometheus_client
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from opentelemetry.sdk.metrics import MeterProvider
-        from prometheus_client import CollectorRegistry
         from prometheus_client.exposition import choose_encoder
     except ImportError:
         why = "VINCACHE_METRICS is true but opentelemetry-exporter-prometheus is not installed"
@@ -951,7 +960,8 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
     if not isinstance(metrics.get_meter_provider(), MeterProvider):  # if FastAPI sends OTLP, it has set one
         metrics.set_meter_provider(MeterProvider())
     provider = cast(MeterProvider, metrics.get_meter_provider())
-    registry = CollectorRegistry()
+    registry = prometheus_client.CollectorRegistry()
+    prometheus_client.ProcessCollector(registry=registry)
     reader = PrometheusMetricReader(registry=registry)
     provider.add_metric_reader(reader)
 
@@ -1357,11 +1367,13 @@ RETURNING work
 """
 EXTEND_SWEEP = "UPDATE leases SET leased_until = ? WHERE work = 'sweep'"
 
-# Of the next 1,000 rows after a VIN: the last VIN, and how many rows expired before a time.
-COUNT_EXPIRED = """
-SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
+# Of the next 1,000 rows after a VIN: the last VIN, the number of rows, and how many of them expired before each of two
+# times.
+COUNT_ROWS = """
+SELECT max(vin), count(*), count(*) FILTER (WHERE expires_at < ?), count(*) FILTER (WHERE expires_at < ?)
 FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
 """
+SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 DELETE_EXPIRED = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 
 # Writes more than a page, so that it fails if the file is locked or read-only, or the disk is full.
@@ -2304,16 +2316,24 @@ class Cache:
         now = min(clock, time.time())  # the store's clock may be wrong too
         last, cutoff = "", now - keep_expired
         began = extended = time.monotonic()
-        while (counted := await self._read(COUNT_EXPIRED, (cutoff, last))) and counted[0][0] is not None:
-            [(upto, expired)] = counted
-            if expired:
+        rows = expired = 0
+        while (counted := await self._read(COUNT_ROWS, (now, cutoff, last))) and counted[0][0] is not None:
+            [(upto, more_rows, more_expired, deletable)] = counted
+            if deletable:
                 await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
+            rows += more_rows - deletable
+            expired += more_expired - deletable
             last = upto
             await asyncio.sleep(0.05)  # for lookups
             if time.monotonic() - extended > period / 2:  # a large table takes longer than the lease
                 extended = time.monotonic()
                 await self._write((EXTEND_SWEEP, (math.ceil(clock + extended - began + period),)))
         await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT_S) * 10**9,)))
+        if counted:  # no read has failed
+            rows_gauge.set(rows)
+            expired_gauge.set(expired)
+        for [size] in await self._read(SIZE, ()):
+            size_gauge.set(size)
 
     async def _clock(self) -> int | None:
         """The store's clock (unix seconds), or None if it can't be read. Deletions use it, because the clock of one of
@@ -2731,9 +2751,12 @@ def offline_month() -> str:
     return str(ultravin.provenance()["data_month"]).replace("_", "-")
 
 
-async def log_offline_month() -> None:
-    """Log how old the offline data is. This runs beside the start, because the import takes 30 ms."""
-    if month := await asyncio.to_thread(offline_month):
+async def note_versions() -> None:
+    """Log how old the offline data is, and give the metrics the versions that run. This runs beside the start, because
+    the import takes 30 ms."""
+    month = await asyncio.to_thread(offline_month)
+    build_gauge.set(1, {"version": VERSION, "sqlite": sqlite3.sqlite_version, "offline_data": month})
+    if month:
         age = datetime.now(UTC) - datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
         level = logging.WARNING if age.days > OFFLINE_DAYS else logging.INFO
         log.log(level, "offline data: of %s, %d days old", month, age.days)
@@ -3165,10 +3188,14 @@ class Lookups:
             self._start(self._answer_without_vpic(impatient, None, is_final=False))
         if overdue:
             self._start(self._answer_without_vpic(overdue, None))
-        refusal = self._vpic.refusal()
-        if refusal:
+        if refusal := self._vpic.refusal():
             self._refuse(refusal)
-            return
+        else:
+            self._start_calls()
+        waiting_gauge.set(len(self._scheduler.lookups))
+        calls_gauge.set(self._scheduler.places - self._scheduler.free_places)
+
+    def _start_calls(self) -> None:
         # A call that probes vPIC has one ticket, because the others would wait for vPIC in vain if it still fails.
         for call in self._scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
             task = self._start(self._call_vpic(call))
@@ -3870,7 +3897,6 @@ async def as_csv(
 # lies where uploads do. All exports together leave half of the disk's room to the database.
 # ======================================================================================================================
 
-VERSION = "1.0.0"  # of this service; each export has it in its footer
 
 EXPORT_TIMEOUT_S = 30  # from one batch of rows to the next, some tenths of a second later: a silent process hangs
 SNAPSHOT_FRESH_S = 60  # the greatest age of a snapshot with which a client begins to read by pieces
@@ -4094,8 +4120,10 @@ class Exporter:
     async def _build(self, snapshot: Snapshot) -> None:
         async with self._writing:
             del self._queued[snapshot.kind]
+            started, outcome = time.perf_counter(), "failed"
             try:
                 await self._write(snapshot)
+                outcome = "ok"
             except (OSError, EOFError, NotImplementedError, StoreFault) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
                 self._kept = [other for other in self._kept if other is not snapshot]
@@ -4111,6 +4139,8 @@ class Exporter:
                     said = "The user of the cluster lacks the right to back up: there is no export."
                     raise HTTPException(503, said) from None
                 raise HTTPException(503, "The export could not be built; ask again.", ask_again(5)) from None
+            finally:
+                export_duration.record(time.perf_counter() - started, {"outcome": outcome})
 
     async def _write(self, snapshot: Snapshot) -> None:
         """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
@@ -4326,7 +4356,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             Lookups(cache := Cache(store, settings), vpic, settings) as lookups,
             Exporter(store, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
-            background(log_offline_month()),
+            background(note_versions()),
         ):
             access = Access(settings, rates)
             # The objects of the start stay for good: the garbage collector does not look through them again, and looks

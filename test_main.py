@@ -1439,13 +1439,19 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
         assert name in received["/v1/metrics"]
 
 
-async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
+async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic, tmp_path: Path) -> None:
     """Ours and FastAPI's, in Prometheus' form, behind the key; unless told, there is no such thing."""
     process, without = launch(metrics=True, api_key="crown"), launch()
+    fill(tmp_path / "cache.db", 2)
+    sql(
+        tmp_path / "cache.db",
+        "UPDATE vehicles SET expires_at = unixepoch() - 100 WHERE vin = (SELECT max(vin) FROM vehicles)",
+    )
     vpic.delay = 0.3
     async with process.serving(vpic) as service:
         for _ in range(2):
             await service.lookup(TRUCK)
+        assert (await service.ask("GET", "/export", headers={"X-API-Key": "crown"}))[0] == 200
         assert (await service.get("/metrics"))[0] == 401
         status, body, headers = await service.ask("GET", "/api/v1/metrics", headers={"X-API-Key": "crown"})
     assert status == 200
@@ -1455,6 +1461,15 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic) -> None:
         r'vincache_lookups_total\{.*outcome="hit".*\} 1\.0',
         r'vincache_vpic_duration_seconds_count\{.*outcome="ok".*\} 1\.0',
         r"vincache_vpic_breaker\{.*\} 0\.0",
+        r"vincache_lookups_waiting\{.*\} 0\.0",
+        r"vincache_vpic_calls\{.*\} 0\.0",
+        r"vincache_rows\{.*\} 2\.0",  # when the service began
+        r"vincache_rows_expired\{.*\} 1\.0",
+        r"vincache_unconfirmed\{.*\} 0\.0",
+        r"vincache_size_bytes\{.*\} [1-9]",
+        r'vincache_export_duration_seconds_count\{.*outcome="ok".*\} 1\.0',
+        r'vincache_build_info\{.*offline_data="20\d\d-\d\d".*sqlite="3\.\d.*version="\d.*\} 1\.0',
+        r"process_resident_memory_bytes [1-9]",
         r'http_server_request_duration_seconds_count\{.*http_route="/lookup".*\} 2\.0',  # one is a hit
         r'http_server_request_duration_seconds_count\{.*status_code="401".*http_route="/metrics".*\} 1\.0',
     ):
@@ -3735,7 +3750,7 @@ async def test_the_log_names_the_age_of_the_offline_data(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(main, "offline_month", lambda: "2026-10")
     monkeypatch.setattr(main, "datetime", Clock)
-    await main.log_offline_month()
+    await main.note_versions()
     [record] = caplog.records
     assert (record.levelname, "2026-10" in record.getMessage()) == (level, True)
 
@@ -5519,7 +5534,7 @@ class Simulation:
             try:
                 answer = await self.lookups.lookup(question, details, self.settings.patience)
             except main.VpicUnavailable as error:
-                self._judge(asked, error.status_code, error.fields)
+                self._judge(asked, error.status_code, {"vin": error.vin})
             else:
                 caller.outcome = answer.outcome
                 self._judge(asked, answer.status, json.loads(answer.body))
