@@ -53,6 +53,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import shutil
@@ -92,7 +93,6 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import aiosqlite
 import limits.errors
-import stamina
 from dotenv import dotenv_values
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -2494,30 +2494,19 @@ class Vpic:
             seconds = deadline - asyncio.get_running_loop().time()
             await self._keep_to_rate(math.inf)
             deadline = asyncio.get_running_loop().time() + seconds
-        async for attempt in stamina.retry_context(
-            on=lambda error: self._wait_before_retry(error, deadline),
-            attempts=3,
-            timeout=None,
-            wait_initial=0.2,
-            wait_jitter=0.3,
-            wait_max=1,
-        ):
-            with attempt:
-                if not patient or attempt.num > 1:
-                    await self._keep_to_rate(deadline)
+        attempt = 0
+        while True:
+            attempt += 1
+            if not patient or attempt > 1:
+                await self._keep_to_rate(deadline)
+            try:
                 with self.breaker.watch_call(questions):
                     return await self._logged_call(questions, deadline)
-        raise AssertionError  # the loop returns or raises
-
-    @staticmethod
-    def _wait_before_retry(error: Exception, deadline: float) -> bool | float:
-        """False if a failed call is not repeated, True if it is after stamina's wait, or the seconds until then."""
-        if not isinstance(error, VpicUnavailable) or not error.failure.try_again:
-            return False
-        left = deadline - asyncio.get_running_loop().time()
-        if error.retry_after is None:
-            return left > 1  # stamina's longest wait
-        return error.retry_after < left and max(0.05, error.retry_after)
+            except VpicUnavailable as error:
+                left, wait = deadline - asyncio.get_running_loop().time(), error.retry_after
+                if not error.failure.try_again or attempt == 3 or left <= (1 if wait is None else wait):
+                    raise
+            await asyncio.sleep(0.2 * attempt + random.uniform(0, 0.3) if wait is None else max(0.05, wait))  # noqa: S311
 
     async def _keep_to_rate(self, deadline: float) -> None:
         while True:
@@ -2613,7 +2602,6 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
     if not settings.vpic_url:
         log.warning("VINCACHE_VPIC_URL is empty: VINs are decoded offline")
     url = urlsplit(settings.vpic_url)
-    stamina.instrumentation.set_on_retry_hooks([])  # because `_logged_call` logs each failed call
     async with aiohttp.ClientSession(
         headers={"User-Agent": "vincache/1.0"},
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline

@@ -5140,8 +5140,7 @@ class Simulation:
         self._patches.setattr(main.log, "filters", [])
         self._patches.setattr(main.log, "propagate", False)
         self.world.set_exception_handler(lambda _, context: self.complain(f"unheard: {context}"))
-        main.stamina.instrumentation.set_on_retry_hooks([])  # as `open_vpic` does
-        random.seed(0)  # stamina's
+        random.seed(0)  # of the waits between retries
         self.run(self._open())
         return self
 
@@ -5249,7 +5248,7 @@ class Simulation:
             try:
                 answer = await self.lookups.lookup(question, details, self.settings.patience)
             except main.VpicUnavailable as error:
-                self._judge(asked, error.status_code, error.fields)
+                self._judge(asked, error.status_code, {"vin": error.vin})
             else:
                 caller.outcome = answer.outcome
                 self._judge(asked, answer.status, json.loads(answer.body))
