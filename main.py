@@ -86,7 +86,7 @@ from enum import Enum
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -154,8 +154,7 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 
 
 def check_url(url: str) -> str:
-    """The URL without a trailing slash. Raises ValueError unless it is empty, or an http(s) URL to which a path and a
-    query can be added."""
+    """The URL without a trailing slash. Raises ValueError unless a path and a query can be added, or it is empty."""
     parts = urlsplit(url)
     _ = parts.port  # raises ValueError if it is not a number up to 65535
     if url and (parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s?#]", url)):
@@ -187,9 +186,8 @@ ClusterAddress = tuple[list[str], str, str]
 
 
 def find_cluster(database: str) -> ClusterAddress | None:
-    """The address in `rqlite://user:password@host:port,host:port`, or `rqlites://` for TLS; None for a path.
-
-    Raises ValueError for any other URL."""
+    """The address in `rqlite://user:password@host:port,host:port`, or `rqlites://` for TLS; None for a path. Raises
+    ValueError for any other URL."""
     scheme, is_url, rest = database.partition("://")
     if not is_url:
         return None
@@ -836,7 +834,6 @@ store_duration = create_histogram("vincache.store.duration", description="Durati
 unconfirmed_gauge = meter.create_gauge("vincache.unconfirmed", description="Rows decoded offline, not by vPIC yet")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
-
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])([0-9A-Za-z]{3})[0-9A-Za-z]{10}([0-9A-Za-z]{4})(?![0-9A-Za-z])")
 
@@ -948,7 +945,6 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
 # ======================================================================================================================
 # Shared mechanisms: a thing that fails for a while, and work that goes on when its caller leaves.
 # ======================================================================================================================
-
 
 Result = TypeVar("Result")
 
@@ -1162,7 +1158,6 @@ class Rates:
 # ======================================================================================================================
 # Statements: all SQL of the service. It is the same for a file and for a cluster.
 # ======================================================================================================================
-
 
 SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
@@ -1759,11 +1754,11 @@ Members = dict[tuple[str, str], tuple[str, str]]
 
 
 class NoAnswer(Exception):
-    """A node did not say that it has carried out a statement. If it `received` the statement, it may have done so."""
+    """A node did not say that it has carried out a statement. It may have done so."""
 
-    def __init__(self, why: str, received: bool = True) -> None:
-        super().__init__(why)
-        self.received = received
+
+class NotReached(NoAnswer):
+    """The node did not get the statement."""
 
 
 class Refused(StoreFault):
@@ -1800,25 +1795,17 @@ class ClusterStore(Store):
 
     def __init__(self, nodes: list[str], user: str, password: str) -> None:
         super().__init__()
-        # The nodes in the URL, and those that were found; the one that answered last is the first.
-        self._nodes = deque(nodes)
-        # The nodes in the URL. They stay, because the cluster may know them by names that mean nothing here.
-        self._named = nodes
-        # The other nodes, by id and Raft address.
-        self._found: dict[tuple[str, str], str] = {}
-        # When it is read again which nodes there are (loop time).
-        self._find_at = 0.0
-        # The oldest version of rqlite that a node has.
-        self._version = ""
-        # The level of a read that waits until the leader has caught up.
-        self._caught_up = "strong"
-        # The rights that our user lacks, of which the log has told.
-        self._lacking = set[str]()
+        self._named = nodes  # the nodes in the URL; they stay, because the cluster may know them by other names
+        self._found: dict[tuple[str, str], str] = {}  # the other nodes, by id and Raft address
+        self._nodes = deque(nodes)  # all of them; the one that answered last is the first
+        self._find_at = 0.0  # when it is read again which nodes there are (loop time)
+        self._version = ""  # the oldest version of rqlite that a node has
+        self._caught_up = "strong"  # the level of a read that waits until the leader has caught up
+        self._lacking = set[str]()  # the rights that our user lacks and that are in the log
         self._hosts = ", ".join(node.partition("://")[2] for node in nodes)
         self._auth = aiohttp.BasicAuth(user, password, "utf-8") if user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
-        # How many attempts have failed so far.
-        self._failures = 0
+        self._failures = 0  # how many attempts have failed so far
         # Of these, how many had failed when the last attempt was begun that has shown that the leader has caught up.
         self._failures_settled = -1
 
@@ -1975,7 +1962,7 @@ class ClusterStore(Store):
                 break
             except (NoAnswer, TimeoutError) as fault:
                 self._failures += 1
-                again |= not isinstance(fault, NoAnswer) or fault.received
+                again |= not isinstance(fault, NotReached)
                 reasons[str(fault) or "no answer in time"] = None
             if not await self._has_time_for_next(node, deadline):
                 self._fault = ", ".join(reasons)
@@ -2006,7 +1993,7 @@ class ClusterStore(Store):
                 answer = json.loads(await response.read())
         except aiohttp.ClientConnectorError as error:
             why = "not trusted" if isinstance(error, aiohttp.ClientSSLError) else "not reached"
-            raise NoAnswer(why, received=False) from None
+            raise NotReached(why) from None
         except aiohttp.ClientError:
             raise NoAnswer("broken off") from None
         except ValueError:
@@ -2284,7 +2271,6 @@ OPTIONAL_KEYS = {"additional_error_text": "AdditionalErrorText", "possible_value
 
 VPIC_VINS = 50  # in one call, at most
 ANSWER_BYTES = 2**21  # unpacked, at most; the answer for 50 VINs has some 250 kB
-
 
 encode_attributes = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
@@ -2617,7 +2603,6 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
 # ======================================================================================================================
 # Offline: decoding with vPIC's data of some months ago, which the package ultravin contains.
 # ======================================================================================================================
-
 
 OFFLINE_DAYS = 183  # if the data is older, the log warns
 
@@ -4078,20 +4063,15 @@ class Access:
     """Checks the key and the limits of a request, by the tag of its route."""
 
     def __init__(self, settings: Settings, rates: Rates) -> None:
-        # Counts the clients' requests.
         self._rates = rates
-        # The valid keys.
         self.keys = [key.encode() for key in settings.api_keys]
-        # The tags that need no key.
-        self.open_tags = OPEN_TAGS | (set() if settings.private else {"lookup"})
+        self.open_tags = OPEN_TAGS | (set() if settings.private else {"lookup"})  # those that need no key
         if not self.keys:
             self.open_tags = {*get_args(Tag)}
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
-        # The limit of a client, for the tags that have one.
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
-        self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
-        # The tags for which there is nothing to check.
-        self.unchecked_tags = self.open_tags - self.limits.keys()
+        self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}  # of a client
+        self.unchecked_tags = self.open_tags - self.limits.keys()  # those for which there is nothing to check
 
     async def check(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a valid key where one is needed, then a 429 beyond the client's limit."""
@@ -4182,21 +4162,10 @@ def limit_body(scope: Scope, receive: Receive, most: int) -> Receive:
 # ======================================================================================================================
 
 
-class State(TypedDict):
-    """What the routes find in `request.state`."""
-
-    settings: Settings
-    cache: Cache
-    vpic: Vpic
-    lookups: Lookups
-    exporter: Exporter
-    access: Access
-    read_metrics: MetricsReader | None
-
-
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-    """Open the service. Raises StartupError, whose sentence is then the last line of the log."""
+async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    """Open the service, and yield what the routes find in `request.state`. Raises StartupError, whose sentence is then
+    the last line of the log."""
     try:
         settings = read_settings()
         if not settings.vpic_url and not offline_month():
@@ -4218,15 +4187,15 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             # through new ones less often.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
-            yield State(
-                settings=settings,
-                cache=cache,
-                vpic=vpic,
-                lookups=lookups,
-                exporter=exporter,
-                access=access,
-                read_metrics=read_metrics,
-            )
+            yield {
+                "settings": settings,
+                "cache": cache,
+                "vpic": vpic,
+                "lookups": lookups,
+                "exporter": exporter,
+                "access": access,
+                "read_metrics": read_metrics,
+            }
     except StartupError:
         sys.tracebacklimit = 0  # Starlette logs a traceback: without its frames only our sentence is left
         raise
@@ -4256,12 +4225,10 @@ class TaggedRoute(APIRoute):
         super().__init__(*args, **kwargs)
         # What the route is about. Raises ValueError, which stops the start, unless there is exactly one tag.
         [self.tag] = cast(list[Tag], self.tags)
-        # The methods that the route has, HEAD included.
-        self.allowed = {*(self.methods or ())}
+        self.allowed = {*(self.methods or ())}  # its methods
         if "GET" in self.allowed:
             self.allowed.add("HEAD")
-        # The names of its query parameters.
-        self._parameters = [field.alias for field in self.dependant.query_params]
+        self._parameters = [field.alias for field in self.dependant.query_params]  # the names of those in the query
 
     def serves(self, scope: Scope) -> bool:
         """Whether this route, of all with the same path, is for the request."""
@@ -4295,8 +4262,7 @@ class Middleware:
     """Checks the access to a request and finds its route. A route that is no `TaggedRoute` can't be reached."""
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
-        # FastAPI's router.
-        self._app = app
+        self._app = app  # FastAPI's router
         by_path: dict[str, list[TaggedRoute]] = {}
         for route in routes:
             if isinstance(route, TaggedRoute):
@@ -4591,9 +4557,7 @@ class SnapshotResponse(FileResponse):
 # Of a header like `respond-async, wait=10`; the value may be quoted.
 PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re.ASCII | re.IGNORECASE)
 
-Compression = Annotated[
-    Literal["zstd", "snappy", "none"], Query(description="snappy is larger, but known to every reader")
-]
+Compression = Annotated[Literal["zstd", "snappy", "none"], Query(description="snappy is larger; all readers know it")]
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 
