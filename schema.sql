@@ -62,7 +62,13 @@ CREATE TABLE IF NOT EXISTS removals (
     removed_at            INTEGER NOT NULL       -- unix nanoseconds
 ) STRICT, WITHOUT ROWID;
 
+-- Work that one process does for all that share the cache.
+CREATE TABLE IF NOT EXISTS leases (
+    work                  TEXT    NOT NULL PRIMARY KEY,  -- sweep: to delete rows that expired long ago
+    leased_until          INTEGER NOT NULL       -- unix seconds: no other process begins before
+) STRICT, WITHOUT ROWID;
+
 PRAGMA application_id = 0x56494E43;              -- "VINC": this file is ours
-PRAGMA user_version   = 2;                       -- the number of this schema
+PRAGMA user_version   = 2;                       -- the number of this schema; a table or an index more does not change it
 
 COMMIT;

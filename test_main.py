@@ -2448,10 +2448,54 @@ async def test_the_whole_journey_is_the_same_on_both(
             assert await service.delete(f"/remove/{FIRE_ENGINE}") == (200, removed)
         assert caching(await service.ask("GET", years))[:2] == (200, "MISS")
         database.sql(f"UPDATE vehicles SET expires_at = unixepoch() - 10 * 86400 WHERE vin <> '{TRUCK}'")
+        database.sql("UPDATE leases SET leased_until = unixepoch()")
     async with start(**setting):
         await until(lambda: database.sql("SELECT vin FROM vehicles") == [(TRUCK,)])
         assert database.sql("SELECT vin FROM attributes WHERE vin <> ''") == [(TRUCK,)]
     assert [*(tmp_path / "temporary").iterdir()] == []
+
+
+@BOTH
+async def test_one_process_sweeps_for_all_that_share_the_cache(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who got the lease; and nobody sweeps again before its end, unless it was taken with a clock that was wrong."""
+    attempts: list[bool] = []  # to take the lease, and whether it was got
+    write = main.Cache._write
+
+    async def note_attempts(cache: main.Cache, *statements: main.Statement, settle: bool = False) -> main.Rows:
+        rows = await write(cache, *statements, settle=settle)
+        if statements[0][0] == main.LEASE_SWEEP:
+            attempts.append(bool(rows))
+        return rows
+
+    monkeypatch.setattr(main.Cache, "_write", note_attempts)
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(opened_store(database.setting)) for _ in range(3)]
+        database.sql("DROP TABLE leases")  # a database of before has none
+        await stack.enter_async_context(opened_store(database.setting))
+        for ends_in, got in [(None, 1), (60, 0), (3600, 0), (0, 1), (-60, 1), (86400, 1)]:
+            if ends_in is not None:
+                database.sql(f"UPDATE leases SET leased_until = unixepoch() + {ends_in}")
+            attempts.clear()
+            async with AsyncExitStack() as sweeping:
+                for store in stores:
+                    await sweeping.enter_async_context(main.background(main.Cache(store, 0).sweep(86400)))
+                await until(lambda: len(attempts) == 3)
+            assert (ends_in, attempts.count(True)) == (ends_in, got)
+
+
+@BOTH
+async def test_a_lease_lasts_as_long_as_the_sweep(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the table is: nobody else begins meanwhile."""
+    passed = counting(0, 2000)
+    async with opened_store(database.setting) as store:
+        cache = main.Cache(store, 0)
+        await cache.store([(record(vin, expires_at=9), None) for vin in trucks(2500)])
+        monkeypatch.setattr(main, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: next(passed)}))
+        async with main.background(cache.sweep(86400)):
+            await until(lambda: database.sql("SELECT count(*) FROM vehicles") == [(0,)])
+            await until(lambda: database.sql("SELECT leased_until > unixepoch() + 7000 FROM leases") == [(1,)])
 
 
 class WrongClock:
@@ -2544,6 +2588,24 @@ async def test_services_share_what_they_store_and_remove(start: Start, vpic: Pla
         assert [len(pd.read_parquet(io.BytesIO(body))) for _, body in exports] == [101] * 6
 
 
+@BOTH
+async def test_services_that_share_a_cache_refresh_a_row_once(
+    start: Start, vpic: PlayedVpic, database: Database
+) -> None:
+    """Though each has served it in its grace, also while vPIC is being asked."""
+    async with start(database=database.setting) as one, start(database=database.setting) as two:
+        await asyncio.gather(*one.asking(trucks(60)))
+        database.sql("UPDATE vehicles SET expires_at = unixepoch() - 86400")
+        vpic.calls.clear()
+        go = vpic.holds(lambda _, vins: web_answer(*(flat(vin, Model="389") for vin in vins)))
+        for _ in range(2):
+            asked = [request for service in (one, two, one) for request in service.asking(trucks(60))]
+            assert {body["model"] for _, body, _ in await asyncio.gather(*asked)} == {flat(TRUCK)["Model"]}
+        go.set()
+        await until(lambda: database.sql("SELECT DISTINCT model FROM vehicles") == [("389",)])
+        assert sorted(vpic.asked) == trucks(60)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_a_leader_that_is_lost_costs_no_answer(
     start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture, how: signal.Signals
@@ -2607,6 +2669,131 @@ async def test_a_leader_that_has_not_caught_up_is_not_believed(start: Start, vpi
                 removed = removed[:-1] if body["cached_result"] else removed[-1:] + removed[:-1]
                 await asyncio.sleep(0.01)
         assert await service.were_cached(trucks(10, 900_010)) == [True] * 10
+
+
+class Told(NamedTuple):
+    """What a client was told, and when it asked and had the answer."""
+
+    vin: str
+    removes: bool  # it asked to remove the VIN, not for it
+    began: float
+    ended: float
+    status: int
+    there: bool  # it was cached, or there was a row to remove
+    source: int  # the number of the call to vPIC that the answer is from
+
+
+class History:
+    """Clients that ask two services at random, and what they were told.
+
+    Some VINs are removed now and then, by one client at a time, and some never. vPIC numbers its calls, and the number
+    comes back as the model, so an answer tells when what it says was asked of vPIC."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.removed, self.kept = seed, trucks(12), trucks(12, 100)
+        self.removing = {vin: asyncio.Lock() for vin in self.removed}
+        self.told: list[Told] = []
+        self.called_at: list[float] = []  # when vPIC got each call
+        self.is_over = False
+
+    async def answer(self, _: web.Request, vins: list[str]) -> web.Response:
+        number = len(self.called_at)
+        self.called_at.append(time.monotonic())
+        await asyncio.sleep(0.02)
+        return await web_answer(*(flat(vin, Model=str(number)) for vin in vins))
+
+    async def look_up(self, service: Service, vin: str) -> None:
+        began = time.monotonic()
+        status, body = await service.lookup(vin)
+        cached, model = (body["cached_result"], body["model"]) if status == 200 else (False, "-1")
+        self.told.append(Told(vin, False, began, time.monotonic(), status, cached, int(model)))
+
+    async def remove(self, service: Service, vin: str) -> None:
+        async with self.removing[vin]:
+            began = time.monotonic()
+            status, body = await service.delete(f"/remove/{vin}")
+            there = status == 200 and body["cache_delete_success"]
+            self.told.append(Told(vin, True, began, time.monotonic(), status, there, -1))
+
+    async def client(self, number: int, services: Sequence[Service]) -> None:
+        chance = random.Random(self.seed + number)  # noqa: S311
+        while not self.is_over:
+            service = chance.choice(services)
+            if chance.random() < 0.1:
+                await self.remove(service, chance.choice(self.removed))
+            else:
+                await self.look_up(service, chance.choice(self.removed + self.kept))
+            await asyncio.sleep(chance.random() * 0.03)
+
+    def violations(self, quiet_at: float, is_calm: bool) -> list[str]:
+        """What must not have been told. The services went on without the cache at no time if `is_calm`, else not after
+        `quiet_at`."""
+        found = [
+            f"failed: {told}" for told in self.told if told.status != 200 and not (told.removes and told.status == 503)
+        ]
+        for vin in self.removed + self.kept:
+            mine = sorted((told for told in self.told if told.vin == vin), key=lambda told: told.began)
+            lookups = [told for told in mine if not told.removes and told.status == 200]
+            removals = [told for told in mine if told.removes]
+            for told in lookups:
+                asked_at = self.called_at[told.source]
+                done = [other for other in removals if other.status == 200 and other.ended < told.began]
+                if told.there and done and done[-1].began > asked_at:
+                    found.append(f"stale: {told} after {done[-1]}")
+                known = [other for other in lookups if other.ended < told.began and (is_calm or other.there)]
+                if known and not removals and not told.there and (is_calm or told.began > quiet_at):
+                    found.append(f"lost: {told} after {known[-1]}")
+            for before, told in pairwise(removals):
+                hits = [
+                    other
+                    for other in lookups
+                    if other.there and self.called_at[other.source] > before.ended and other.ended < told.began
+                ]
+                if hits and (before.status, told.status, told.there) == (200, 200, False):
+                    found.append(f"not there: {told} after {hits[-1]}")
+        return found
+
+
+async def test_a_short_history_with_two_kills(launch: Launch, vpic: PlayedVpic, gather: Gather) -> None:
+    """Clients ask two services while the leader is killed, twice: the second time both others have just started, and
+    still carry out their log. Nobody is told what was removed, and nothing that was acknowledged is lost."""
+    cluster = await gather()
+    history = History(seed=27)
+    vpic.fault = history.answer
+    processes = [launch(database=cluster.url(*order), offline=False) for order in ((0, 1, 2), (1, 2, 0))]
+    async with AsyncExitStack() as stack:
+        services = [await stack.enter_async_context(process.serving(vpic)) for process in processes]
+        clients = [asyncio.create_task(history.client(number, services)) for number in range(4)]
+        try:
+            for restarts in (False, True):
+                await asyncio.sleep(3)
+                leader = cluster.leader()
+                slow = [asyncio.to_thread(cluster.ask, leader, "POST", "/db/execute", [SLOW_WRITE]) for _ in range(30)]
+                await asyncio.gather(*slow)
+                await asyncio.gather(*[history.remove(services[0], vin) for vin in history.removed])
+                for node in {0, 1, 2} - {leader} if restarts else ():
+                    await asyncio.to_thread(cluster.kill, node)
+                    cluster.start(node)
+                    await until(cluster.is_ready, 60)
+                await asyncio.to_thread(cluster.kill, leader)
+                await asyncio.sleep(3)
+                cluster.start(leader)
+                await until(cluster.is_ready, 60)
+            await asyncio.sleep(3)
+        finally:
+            history.is_over = True
+            await asyncio.gather(*clients)
+        for service in services:
+            async with asyncio.timeout(60):
+                while (await service.get("/readyz"))[0] != 200:  # noqa: ASYNC110 - of another process
+                    await asyncio.sleep(0.5)
+        quiet_at = time.monotonic()
+        for vin in history.removed + history.kept:
+            for service in services:
+                await history.look_up(service, vin)
+    # A removal that may have been carried out before is no outage.
+    is_calm = not any(re.search(r"cache cannot be .*\((?!it may)", process.log.read_text()) for process in processes)
+    assert history.violations(quiet_at, is_calm) == []
 
 
 async def test_a_lost_cluster_costs_warmth_alone(
@@ -4097,6 +4284,19 @@ async def test_a_failed_refresh_is_not_tried_again_for_stale_ttl(start: Start, v
         assert vpic.calls == [[TRUCK]]
 
 
+async def test_a_lookup_that_joins_a_refresh_needs_no_claim(start: Start, vpic: PlayedVpic) -> None:
+    """If the row can't be claimed, its refresh ends, but who has come to wait for vPIC gets vPIC's answer."""
+    async with start(attributes=False) as service:
+        await service.lookup(HONDA)
+        service.expire(days=1)
+    async with start(busy_timeout=1, offline=False) as service:
+        with locked(service.database):
+            assert (await service.lookup(HONDA))[1]["cached_result"] is True
+            told = await details_told(service, "query")
+        assert (told["cached_result"], told["attributes"]["Trim"]) == (False, "EX-V6")
+        assert vpic.calls == [[HONDA]] * 2
+
+
 async def test_refreshes_come_after_everybody_who_waits(start: Start, vpic: PlayedVpic) -> None:
     """A row in its grace can wait; a lookup and a batch that came later are asked before it."""
     async with start(vpic_concurrency=1) as service:
@@ -4850,7 +5050,7 @@ class MemoryStore:
     def __init__(self, simulation: "Simulation") -> None:
         self._simulation, self._chance = simulation, simulation.chance
         self._database = memory_database()
-        for table in ("vehicles", "attributes", "removals"):
+        for table in ("vehicles", "attributes", "removals", "leases"):
             self._database.execute(f"DELETE FROM {table}")
         self.weather = "well"
         self.read_failed_at = -math.inf
@@ -4939,7 +5139,7 @@ BAD_REPLIES = {
     "busy": (Reply(429, retry_after="2"), "vpic"),
     "down": (Reply(503, retry_after="60"), "vpic"),
 }
-VPIC_WEATHERS = ["well", *BAD_REPLIES, "hanging", "unreachable"]
+VPIC_WEATHERS = ["well", *BAD_REPLIES, "hanging", "unreachable", "buggy"]
 
 
 class SimulatedVpic:
@@ -4989,6 +5189,8 @@ class SimulatedVpic:
                 address = cast(Any, SimpleNamespace(host="vpic", port=443, ssl=True))
                 refused = aiohttp.ClientConnectorError(address, ConnectionRefusedError(111, "refused"))
                 raise aiohttp.ClientConnectionError("refused") from refused  # as `send_once` does
+            if weather == "buggy":
+                raise PlayedBug
             yield self._reply(call, weather)
         except asyncio.CancelledError:  # its deadline; one that was near at the beginning blames nobody
             if self._now() - call.began >= self._settings.vpic_timeout / 2:
@@ -5075,8 +5277,12 @@ class Caller:
     outcome: str = ""  # of a lookup
 
 
+class PlayedBug(Exception):
+    """An error that nothing expects."""
+
+
 class Ear(logging.Handler):
-    """It hears the errors that the service logs; that the offline data can't be read is none of its own."""
+    """It hears the errors that the service logs; a bug that is played is none of its own."""
 
     def __init__(self, complain: Callable[[str], None]) -> None:
         super().__init__(logging.ERROR)
@@ -5084,7 +5290,7 @@ class Ear(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info and record.exc_info[1]
-        if not (isinstance(error, OSError) and str(error) == "played"):
+        if not isinstance(error, PlayedBug):
             self._complain(f"logged: {record.getMessage()} {error!r}")
 
 
@@ -5122,6 +5328,8 @@ class Simulation:
         self.sources: list[Source] = []
         self.floors: dict[str, int] = {}
         self.removed_at: dict[str, float] = {}  # by VIN: when its last removal ended; infinite while one is under way
+        # By question: when a caller asked who was told vPIC's answer from the cache, and when he was told.
+        self.confirmed: dict[str, tuple[float, float]] = {}
         self.callers: list[Caller] = []
         self.questions: dict[str, None] = {}  # all that were asked
         self.offline = "answers"
@@ -5133,7 +5341,7 @@ class Simulation:
 
     def __enter__(self) -> "Simulation":
         self._patches.setattr(main, "time", self.world.time_module())
-        self._patches.setattr(main, "decode_offline", self._decode_offline)
+        self._patches.setitem(sys.modules, "ultravin", cast(Any, SimpleNamespace(decode_batch=self._decode_offline)))
         for name, value in SMALL.items():
             self._patches.setattr(main, name, value)
         self._patches.setattr(main.log, "handlers", [Ear(self.complain)])
@@ -5177,14 +5385,20 @@ class Simulation:
         self.sources.append(Source(kind, len(self.sources) + 1, questions, self.world.time()))
         return self.sources[-1]
 
-    def _decode_offline(self, questions: Sequence[str]) -> dict[str, main.Words]:
+    def _decode_offline(self, vins: list[str], years: list[int | None], full: bool) -> list[dict[str, Any]]:
+        """As ultravin does it."""
         if self.offline == "raises":
             raise OSError("played")
-        if self.offline == "knows nothing":
-            return {}
-        source = self.new_source("offline", questions)
+        source = self.new_source(
+            "offline", [main.ask(vin, str(year or "")) for vin, year in zip(vins, years, strict=True)]
+        )
         source.ended = source.began
-        return {question: main.translate(source.result(question)) for question in questions}
+        known = self.offline == "answers"
+        results = [source.result(question) if known else {} for question in source.questions]
+        return [
+            {"elements": [{"code": key, "value": value, "attribute_id": ""} for key, value in result.items()]}
+            for result in results
+        ]
 
     @property
     def is_well(self) -> bool:
@@ -5195,7 +5409,8 @@ class Simulation:
 
     def is_calm(self) -> bool:
         """Whether a lookup that begins now has to be answered by vPIC, or by its word of before."""
-        return self.is_well and self.world.time() - self.trouble_at > LAG and not self.vpic.breaker_is_open
+        recovered = self.world.time() - self.trouble_at > LAG and not self.vpic.breaker_is_open
+        return self.is_well and recovered and not self.vpic.service_ended
 
     def may_ask_beside(self, call: Source, other: Source, question: str) -> bool:
         """Whether a question may be asked although another call for it is under way: its VIN was removed since the
@@ -5349,9 +5564,12 @@ class Simulation:
             return f"removed before, with all up to source {asked.floor}"
         if not is_cached and source.ended < asked.began - 2 * PATIENCE:
             return "an old answer, said to be new"
-        patience = (
-            self.settings.patience
-        )  # after which offline data may answer; that is stored, and served until vPIC's is
+        if is_cached and source.kind == "offline" and self._was_confirmed(asked):
+            return "offline data replaced vPIC's answer"
+        if is_cached and source.kind == "vpic":
+            self.confirmed[asked.question] = (asked.began, self.world.time())
+        # When a lookup's patience is over, offline data may answer it. That is stored, and served until vPIC answers.
+        patience = self.settings.patience
         late = patience is not None and (is_cached or self.world.time() >= asked.began + patience)
         if calm and source.kind == "offline" and source.ended > self.trouble_at + LAG and not late:
             return "though vPIC is well"
@@ -5359,6 +5577,12 @@ class Simulation:
         if calm and source.kind == "vpic" and max(source.ended, self.trouble_at) + life + 2 < asked.began and not late:
             return "older than its grace though vPIC is well"
         return "" if is_cached or source.kind == "vpic" or late else self._haste(asked)
+
+    def _was_confirmed(self, asked: Asked) -> bool:
+        """Whether the cache had vPIC's answer before, and no removal or sweep may have deleted it."""
+        since, told_at = self.confirmed.get(asked.question, (-math.inf, math.inf))
+        removed_at = self.removed_at.get(asked.question[:17], -math.inf)
+        return removed_at < since and told_at < asked.began < since + self.settings.keep_expired - self.settings.grace
 
     def _haste(self, asked: Asked) -> str:
         """Batches are patient: what was not asked is told without vPIC only if vPIC has failed for long, and is not
@@ -5378,8 +5602,11 @@ class Simulation:
         self._complain_of_leftovers()
         answers: list[Caller] = []
         for _ in range(3):  # the breaker closes; what has expired is asked anew; and so it is there
-            before, answers = answers, [self.look_up(question) for question in self.questions]
-            self.sleep(LAG)
+            before, answers = answers, []
+            questions = iter(self.questions)
+            while some := [*islice(questions, self.settings.vpic_rate)]:
+                answers += map(self.look_up, some)
+                self.sleep(LAG)
             self._complain_of_leftovers()
         for caller, earlier in zip(answers, before, strict=True):
             if caller.outcome != "hit" and earlier.outcome != "hit":  # it may have expired just now
@@ -5399,6 +5626,8 @@ class Simulation:
         self.sleep(0)
         self.run(self._stack.aclose())
         self.vpic.service_ended = True
+        for question in SIMULATED_VINS:  # a request that comes too late
+            self.look_up(question)
         self.sleep(LAG)
         for task in self.world.tasks:
             if not task.done():
@@ -5458,11 +5687,36 @@ class Life(RuleBasedStateMachine):
         self.simulation.look_up(question, details)
         self.pass_time(pause)
 
-    @rule(questions=st.lists(a_question, min_size=2, max_size=8), pause=a_pause)
-    def look_up_many(self, questions: list[str], pause: float) -> None:
+    @rule(questions=st.lists(a_question, min_size=2, max_size=8), in_batch=st.booleans(), pause=a_pause)
+    def look_up_many(self, questions: list[str], in_batch: bool, pause: float) -> None:
+        """If `in_batch`, a batch asks the same at the same time."""
+        if in_batch:
+            self.simulation.send_batch(questions, "json", False, 0)
         for question in questions:
             self.simulation.look_up(question)
         self.pass_time(pause)
+
+    @rule(
+        question=a_question,
+        twice=st.booleans(),
+        in_batch=st.booleans(),
+        pauses=st.tuples(*[st.sampled_from([0, 0.001, 0.02, 0.08, 0.4])] * 3),
+    )
+    def remove_while_asked(
+        self, question: str, twice: bool, in_batch: bool, pauses: tuple[float, float, float]
+    ) -> None:
+        """Remove a VIN, also once more, while vPIC is asked for it."""
+        if twice:
+            self.simulation.remove(question[:17])
+            self.pass_time(pauses[0])
+        self.simulation.look_up(question)
+        if in_batch:
+            self.simulation.send_batch([question], "json", False, 0)
+        self.pass_time(pauses[1])
+        self.simulation.remove(question[:17])
+        self.pass_time(pauses[2])
+        self.simulation.look_up(question)
+        self.pass_time(pauses[1])
 
     @rule(
         questions=st.lists(a_question, min_size=1, max_size=12),
@@ -5626,6 +5880,20 @@ class Fair:
                     spans[self.owners[vin]].append((since, call.began))
                     since = call.ended
         return spans
+
+
+def test_who_is_answered_early_is_not_why_vpic_is_not_asked() -> None:
+    """A row without grace that answers an impatient lookup is asked anew, also if vPIC's only place is taken."""
+    with Simulation(grace=0, patience=0, vpic_concurrency=1, offline=False) as simulation:
+        first, second = SIMULATED_VINS[:2]
+        simulation.look_up(first)
+        simulation.sleep(simulation.settings.ttl)
+        simulation.look_up(second)
+        simulation.sleep(0.05)
+        again = simulation.look_up(first)
+        simulation.sleep(1)
+        assert [call.questions for call in simulation.vpic.calls] == [[first], [second], [first]]
+        assert (again.outcome, simulation.complaints) == ("stale", [])
 
 
 def test_lookups_come_first_and_nobody_starves() -> None:
