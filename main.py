@@ -916,14 +916,10 @@ def is_no_health_check(record: logging.LogRecord) -> bool:
     return HEALTH_CHECK.search(record.getMessage()) is None
 
 
-MetricsReader = Callable[[str], tuple[bytes, str]]  # from the header Accept to a body and its content type
-
-
 @asynccontextmanager
-async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
-    """Yield what reads all metrics for Prometheus, or None unless wanted.
-
-    Raises StartupError if OpenTelemetry's exporter is not installed."""
+async def open_metrics(wanted: bool) -> AsyncIterator[Any]:
+    """Yield Prometheus' registry of all metrics, or None unless wanted. Raises StartupError if OpenTelemetry's exporter
+    is not installed."""
     if not wanted:
         yield None
         return
@@ -931,7 +927,6 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from opentelemetry.sdk.metrics import MeterProvider
         from prometheus_client import CollectorRegistry
-        from prometheus_client.exposition import choose_encoder
     except ImportError:
         why = "VINCACHE_METRICS is true but opentelemetry-exporter-prometheus is not installed"
         raise StartupError(f"bad settings: {why}") from None
@@ -941,13 +936,8 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
     registry = CollectorRegistry()
     reader = PrometheusMetricReader(registry=registry)
     provider.add_metric_reader(reader)
-
-    def render(accept: str) -> tuple[bytes, str]:
-        encode, content_type = choose_encoder(accept)
-        return encode(registry), content_type
-
     try:
-        yield render
+        yield registry
     finally:
         provider.remove_metric_reader(reader)
 
@@ -1528,9 +1518,7 @@ class OpenFile(NamedTuple):
 
 
 def prepare_file(path: Path) -> None:
-    """Create the database at the path, or bring it to this schema.
-
-    Raises sqlite3.Error, and StartupError if the file has a newer schema or is another program's."""
+    """Create the database at the path, or bring it to this schema. Raises as `upgrade` does, and sqlite3.Error."""
     status = path.stat() if path.exists() else None
     if status is None or status.st_size == 0:
         for part in PARTS[1:]:  # they belong to a file that is gone, but SQLite would write them into the new one
@@ -1625,7 +1613,7 @@ class FileStore(Store):
                 why = f"{self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
                 raise StartupError(f"VINCACHE_DATABASE: {why}") from None
             # Go on with the start, because uvicorn ends after it.
-            log.info("told to stop while it waited for %s: %s", self._path, error)
+            log.info("stopped while it waited for %s: %s", self._path, error)
         await self._resources.enter_async_context(background(self._watch()))
         return self
 
@@ -1813,8 +1801,7 @@ class ClusterStore(Store):
     makes one each second. So after a failed attempt reads are `strong`, until an answer has shown that the leader has
     caught up: a strong read is an entry of the log, like a write, and its answer comes after all entries before it were
     carried out. Where all nodes know `linearizable`, that does the same without an entry. A removal is settled by a
-    strong read behind it: a node without that entry is not elected, and a node that has it was told by it to carry out
-    the removal.
+    strong read behind it: a node without that entry is not elected, and a node that has it carries out the removal.
 
     | state  | what happens                                                | then                                   |
     |--------|-------------------------------------------------------------|----------------------------------------|
@@ -2048,7 +2035,7 @@ class ClusterStore(Store):
         with temporary as folder:
             backup = Path(folder, "backup.db")
             await self._back_up(backup)
-            yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
+            yield f"{backup.as_uri()}?immutable=1"  # without it SQLite looks for the WAL that the file names
 
     async def _back_up(self, path: Path) -> None:
         deadline = asyncio.get_running_loop().time() + BACKUP_TIMEOUT_S
@@ -2064,7 +2051,7 @@ class ClusterStore(Store):
                         return
                     if response.status == 401:
                         raise Refused("user or password refused, or without the right to backup")
-                    why = f"no backup, status {response.status}"  # 500 where it makes one for somebody else
+                    why = f"no backup, status {response.status}"  # 500: it makes one for another client
             except (aiohttp.ClientError, TimeoutError) as error:
                 why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
             except OSError as error:  # of our disk
@@ -2582,7 +2569,12 @@ class Vpic:
             async with asyncio.timeout_at(deadline), self._request(questions) as response:
                 if response.status != 200:
                     raise self._status_error(response.status, response.headers.get("Retry-After"))
-                return {asked[vin]: decoded for vin, decoded in parse(await self._body(response), asked).items()}
+                body = bytearray()
+                async for chunk in response.content.iter_chunked(2**16):  # it is unpacked piece by piece
+                    body += chunk
+                    if len(body) > ANSWER_BYTES:
+                        raise ValueError(f"more than {ANSWER_BYTES} bytes")
+                return {asked[vin]: decoded for vin, decoded in parse(bytes(body), asked).items()}
         except TimeoutError:
             raise VpicUnavailable(TOO_LATE if fair else TOO_LITTLE_TIME, "no answer") from None
         except aiohttp.ClientError as error:
@@ -2617,16 +2609,6 @@ class Vpic:
         )
         cause = f"status {status}" + (f", Retry-After {retry_after}" if wait is not None else "")
         return VpicUnavailable(failure, cause, retry_after=wait)
-
-    @staticmethod
-    async def _body(response: aiohttp.ClientResponse) -> bytes:
-        """The body. It is unpacked piece by piece. Raises ValueError once it has more than ANSWER_BYTES."""
-        body = bytearray()
-        async for chunk in response.content.iter_chunked(2**16):
-            body += chunk
-            if len(body) > ANSWER_BYTES:
-                raise ValueError(f"more than {ANSWER_BYTES} bytes")
-        return bytes(body)
 
 
 async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -3713,8 +3695,8 @@ async def receive_file(
             encoding = await receive_pieces(pieces, file)
         except OSError as error:
             log.warning("upload failed: %s", error)
-            said = f"The file cannot be kept ({reason(error)}); send it again later."
-            raise HTTPException(503, said, ask_again(60)) from None
+            sentence = f"The file cannot be kept ({reason(error)}); send it again later."
+            raise HTTPException(503, sentence, ask_again(60)) from None
         opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind))
         try:
             while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
@@ -4049,11 +4031,11 @@ class Exporter:
                 elif "malformed" in str(error) or "not a database" in str(error):
                     await self._store.report_damage(str(error))
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    said = f"The export cannot be kept ({reason(error)}); ask again later."
-                    raise HTTPException(503, said, ask_again(60)) from None
+                    sentence = f"The export cannot be kept ({reason(error)}); ask again later."
+                    raise HTTPException(503, sentence, ask_again(60)) from None
                 if isinstance(error, Refused):
-                    said = "The user of the cluster lacks the right to back up: there is no export."
-                    raise HTTPException(503, said) from None
+                    sentence = "The user of the cluster lacks the right to back up: there is no export."
+                    raise HTTPException(503, sentence) from None
                 raise HTTPException(503, "The export could not be built; ask again.", ask_again(5)) from None
 
     async def _write(self, snapshot: Snapshot) -> None:
@@ -4110,8 +4092,8 @@ class Exporter:
                         process.kill()
                     await process.wait()
                     # The traceback of a process that died, as one line of our log.
-                    if said := await cast(asyncio.StreamReader, process.stderr).read():
-                        log.warning("exporting process: %s", said.decode(errors="replace").rstrip())
+                    if traceback := await cast(asyncio.StreamReader, process.stderr).read():
+                        log.warning("exporting process: %s", traceback.decode(errors="replace").rstrip())
 
 
 # ======================================================================================================================
@@ -4247,7 +4229,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         open_log(settings.log, settings.log_vins)
         log.info("settings: %s", settings)
         async with (
-            open_metrics(settings.metrics) as read_metrics,
+            open_metrics(settings.metrics) as registry,
             Rates(settings.rate_storage, settings.vpic_rate, settings.nodes) as rates,
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
@@ -4268,7 +4250,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
                 "lookups": lookups,
                 "exporter": exporter,
                 "access": access,
-                "read_metrics": read_metrics,
+                "registry": registry,
             }
     except StartupError:
         sys.tracebacklimit = 0  # Starlette logs a traceback: without its frames only our sentence is left
@@ -4295,6 +4277,8 @@ LENIENT_TAGS: set[Tag] = OPEN_TAGS | {"metrics"}
 class TaggedRoute(APIRoute):
     """A route with one tag. `Middleware` finds the route of a request, and FastAPI's router calls that one."""
 
+    takes_files = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # What the route is about. Raises ValueError, which stops the start, unless there is exactly one tag.
@@ -4306,11 +4290,8 @@ class TaggedRoute(APIRoute):
 
     def serves(self, scope: Scope) -> bool:
         """Whether this route, of all with the same path, is for the request."""
-        return scope["method"] in self.allowed
-
-    def body_bytes(self, _: Settings) -> int:
-        """The most bytes of a body."""
-        return BODY_BYTES
+        takes_body = not self.takes_files or not is_json(Headers(scope=scope).get("content-type", ""))
+        return scope["method"] in self.allowed and takes_body
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return Match.FULL if scope.get("route") is self else Match.NONE, {}
@@ -4395,7 +4376,8 @@ class Middleware:
                     return
             answer = answer_without_route(scope, path, here) or self._app
             if method == "POST":
-                receive = limit_body(scope, receive, route.body_bytes(scope["state"]["settings"]))
+                most = scope["state"]["settings"].upload_bytes if route.takes_files else BODY_BYTES
+                receive = limit_body(scope, receive, most)
         except HTTPException as error:
             answer = await render_error(Request(scope), error)
         await answer(scope, receive, send)
@@ -4671,11 +4653,7 @@ def accepted_form(accept: str, form: str) -> str:
 class FileRoute(TaggedRoute):
     """A route for a body that is not JSON. FastAPI would read the whole body into memory, this route streams it."""
 
-    def serves(self, scope: Scope) -> bool:
-        return super().serves(scope) and not is_json(Headers(scope=scope).get("content-type", ""))
-
-    def body_bytes(self, settings: Settings) -> int:
-        return settings.upload_bytes
+    takes_files = True
 
 
 async def received_file(request: Request) -> AsyncIterator[Fleet]:
@@ -4733,7 +4711,7 @@ async def answer_batch(
     ),
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
-    """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
+    """Decode many VINs. Lines stream as soon as each is known; a bad VIN spoils only its own."""
     limit = request.state.settings.batch_limit
     if len(body.vins) > limit:
         raise invalid("too_long", ("body", "vins"), f"At most {limit} VINs at a time")
@@ -4818,11 +4796,12 @@ async def readyz(request: Request, response: Response) -> Readiness:
 @app.get("/metrics", tags=["metrics"], include_in_schema=False)
 async def get_metrics(request: Request) -> Response:
     """All metrics, for Prometheus; 404 unless VINCACHE_METRICS is true."""
-    read_metrics: MetricsReader | None = request.state.read_metrics
-    if read_metrics is None:
+    if request.state.registry is None:
         raise HTTPException(404)
-    body, content_type = read_metrics(request.headers.get("Accept", ""))
-    return Response(body, headers={"Content-Type": content_type})
+    from prometheus_client.exposition import choose_encoder
+
+    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    return Response(encode(request.state.registry), headers={"Content-Type": content_type})
 
 
 @app.get("/", tags=["docs"], include_in_schema=False)

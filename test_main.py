@@ -7741,7 +7741,7 @@ async def test_a_start_that_waits_for_a_locked_file_can_be_ended(
         process.signal(how)
         assert await process.ended(10) in (0, -how)
     log = process.log.read_text()
-    assert "told to stop while it waited for" in log
+    assert "stopped while it waited for" in log
     assert "Traceback" not in log
     assert "failed" not in log
 
