@@ -1386,7 +1386,8 @@ class Store(Protocol):
         """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
 
     async def report_damage(self, cause: str) -> None:
-        """Replace the database if it is a file, because somebody found it damaged."""
+        """Replace a file that an export found damaged. Of a cluster only a backup is damaged, so nothing is done."""
+        return
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
@@ -1847,7 +1848,7 @@ class ClusterStore(Store):
             except Refused as fault:
                 raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
             except StoreFault as fault:
-                self._fault = str(fault)  # the first statement tells of it, `_watch` tries again
+                self._fault = str(fault)  # the first statement logs it, `_watch` tries again
             await resources.enter_async_context(background(self._watch()))
             self._resources = resources.pop_all()
         return self
@@ -2058,9 +2059,6 @@ class ClusterStore(Store):
                 raise StoreFault(reason(error)) from error
             if not await self._has_time_for_next(node, deadline):
                 raise StoreFault(why)
-
-    async def report_damage(self, cause: str) -> None:
-        """Do nothing: the damage was found in a backup, not in the cluster."""
 
 
 def statements(script: str) -> Iterator[str]:
@@ -4783,9 +4781,8 @@ async def readyz(request: Request, response: Response) -> Readiness:
     if cache != "ok":
         response.status_code = 503
         response.headers["Retry-After"] = "1"  # the cache is checked once a second at most
-    status: Literal["ok", "unavailable"] = "ok" if cache == "ok" else "unavailable"
     return Readiness(
-        status=status,
+        status="ok" if cache == "ok" else "unavailable",
         cache=cache,
         vpic=request.state.vpic.state,
         unconfirmed=request.state.cache.unconfirmed,
