@@ -53,6 +53,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import shutil
@@ -85,7 +86,7 @@ from enum import Enum
 from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -93,7 +94,6 @@ import aiohttp
 import aiosqlite
 import limits.errors
 import pydantic_core
-import stamina
 from dotenv import dotenv_values
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -154,8 +154,7 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 
 
 def check_url(url: str) -> str:
-    """The URL without a trailing slash. Raises ValueError unless it is empty, or an http(s) URL to which a path and a
-    query can be added."""
+    """The URL without a trailing slash. Raises ValueError unless a path and a query can be added, or it is empty."""
     parts = urlsplit(url)
     _ = parts.port  # raises ValueError if it is not a number up to 65535
     if url and (parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s?#]", url)):
@@ -187,9 +186,8 @@ ClusterAddress = tuple[list[str], str, str]
 
 
 def find_cluster(database: str) -> ClusterAddress | None:
-    """The address in `rqlite://user:password@host:port,host:port`, or `rqlites://` for TLS; None for a path.
-
-    Raises ValueError for any other URL."""
+    """The address in `rqlite://user:password@host:port,host:port`, or `rqlites://` for TLS; None for a path. Raises
+    ValueError for any other URL."""
     scheme, is_url, rest = database.partition("://")
     if not is_url:
         return None
@@ -865,7 +863,6 @@ unconfirmed_gauge = meter.create_gauge("vincache.unconfirmed", description="Rows
 build_gauge = meter.create_gauge("vincache.build_info", description="1, with the versions that run")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
-
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LIKE_A_VIN = re.compile(r"(?<![0-9A-Za-z])([0-9A-Za-z]{3})[0-9A-Za-z]{10}([0-9A-Za-z]{4})(?![0-9A-Za-z])")
 
@@ -938,14 +935,10 @@ def is_no_health_check(record: logging.LogRecord) -> bool:
     return HEALTH_CHECK.search(record.getMessage()) is None
 
 
-MetricsReader = Callable[[str], tuple[bytes, str]]  # from the header Accept to a body and its content type
-
-
 @asynccontextmanager
-async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
-    """Yield what reads all metrics for Prometheus, or None unless wanted.
-
-    Raises StartupError if OpenTelemetry's exporter is not installed."""
+async def open_metrics(wanted: bool) -> AsyncIterator[Any]:
+    """Yield Prometheus' registry of all metrics, or None unless wanted. Raises StartupError if OpenTelemetry's exporter
+    is not installed."""
     if not wanted:
         yield None
         return
@@ -953,7 +946,6 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
         import prometheus_client
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from opentelemetry.sdk.metrics import MeterProvider
-        from prometheus_client.exposition import choose_encoder
     except ImportError:
         why = "VINCACHE_METRICS is true but opentelemetry-exporter-prometheus is not installed"
         raise StartupError(f"bad settings: {why}") from None
@@ -964,13 +956,8 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
     prometheus_client.ProcessCollector(registry=registry)
     reader = PrometheusMetricReader(registry=registry)
     provider.add_metric_reader(reader)
-
-    def render(accept: str) -> tuple[bytes, str]:
-        encode, content_type = choose_encoder(accept)
-        return encode(registry), content_type
-
     try:
-        yield render
+        yield registry
     finally:
         provider.remove_metric_reader(reader)
 
@@ -978,7 +965,6 @@ async def open_metrics(wanted: bool) -> AsyncIterator[MetricsReader | None]:
 # ======================================================================================================================
 # Shared mechanisms: a thing that fails for a while, and work that goes on when its caller leaves.
 # ======================================================================================================================
-
 
 Result = TypeVar("Result")
 
@@ -1192,7 +1178,6 @@ class Rates:
 # ======================================================================================================================
 # Statements: all SQL of the service. It is the same for a file and for a cluster.
 # ======================================================================================================================
-
 
 SCHEMA_VERSION = 2  # as in schema.sql
 APPLICATION_ID = 0x56494E43
@@ -1427,7 +1412,8 @@ class Store(Protocol):
         """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
 
     async def report_damage(self, cause: str) -> None:
-        """Replace the database if it is a file, because somebody found it damaged."""
+        """Replace a file that an export found damaged. Of a cluster only a backup is damaged, so nothing is done."""
+        return
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
@@ -1559,9 +1545,7 @@ class OpenFile(NamedTuple):
 
 
 def prepare_file(path: Path) -> None:
-    """Create the database at the path, or bring it to this schema.
-
-    Raises sqlite3.Error, and StartupError if the file has a newer schema or is another program's."""
+    """Create the database at the path, or bring it to this schema. Raises as `upgrade` does, and sqlite3.Error."""
     status = path.stat() if path.exists() else None
     if status is None or status.st_size == 0:
         for part in PARTS[1:]:  # they belong to a file that is gone, but SQLite would write them into the new one
@@ -1656,7 +1640,7 @@ class FileStore(Store):
                 why = f"{self._path} cannot be opened and written by {us}: {error}{owners(self._path)}"
                 raise StartupError(f"VINCACHE_DATABASE: {why}") from None
             # Go on with the start, because uvicorn ends after it.
-            log.info("told to stop while it waited for %s: %s", self._path, error)
+            log.info("stopped while it waited for %s: %s", self._path, error)
         await self._resources.enter_async_context(background(self._watch()))
         return self
 
@@ -1819,11 +1803,11 @@ Members = dict[tuple[str, str], tuple[str, str]]
 
 
 class NoAnswer(Exception):
-    """A node did not say that it has carried out a statement. If it `received` the statement, it may have done so."""
+    """A node did not say that it has carried out a statement. It may have done so."""
 
-    def __init__(self, why: str, received: bool = True) -> None:
-        super().__init__(why)
-        self.received = received
+
+class NotReached(NoAnswer):
+    """The node did not get the statement."""
 
 
 class Refused(StoreFault):
@@ -1844,8 +1828,7 @@ class ClusterStore(Store):
     makes one each second. So after a failed attempt reads are `strong`, until an answer has shown that the leader has
     caught up: a strong read is an entry of the log, like a write, and its answer comes after all entries before it were
     carried out. Where all nodes know `linearizable`, that does the same without an entry. A removal is settled by a
-    strong read behind it: a node without that entry is not elected, and a node that has it was told by it to carry out
-    the removal.
+    strong read behind it: a node without that entry is not elected, and a node that has it carries out the removal.
 
     | state  | what happens                                                | then                                   |
     |--------|-------------------------------------------------------------|----------------------------------------|
@@ -1860,25 +1843,17 @@ class ClusterStore(Store):
 
     def __init__(self, nodes: list[str], user: str, password: str) -> None:
         super().__init__()
-        # The nodes in the URL, and those that were found; the one that answered last is the first.
-        self._nodes = deque(nodes)
-        # The nodes in the URL. They stay, because the cluster may know them by names that mean nothing here.
-        self._named = nodes
-        # The other nodes, by id and Raft address.
-        self._found: dict[tuple[str, str], str] = {}
-        # When it is read again which nodes there are (loop time).
-        self._find_at = 0.0
-        # The oldest version of rqlite that a node has.
-        self._version = ""
-        # The level of a read that waits until the leader has caught up.
-        self._caught_up = "strong"
-        # The rights that our user lacks, of which the log has told.
-        self._lacking = set[str]()
+        self._named = nodes  # the nodes in the URL; they stay, because the cluster may know them by other names
+        self._found: dict[tuple[str, str], str] = {}  # the other nodes, by id and Raft address
+        self._nodes = deque(nodes)  # all of them; the one that answered last is the first
+        self._find_at = 0.0  # when it is read again which nodes there are (loop time)
+        self._version = ""  # the oldest version of rqlite that a node has
+        self._caught_up = "strong"  # the level of a read that waits until the leader has caught up
+        self._lacking = set[str]()  # the rights that our user lacks and that are in the log
         self._hosts = ", ".join(node.partition("://")[2] for node in nodes)
         self._auth = aiohttp.BasicAuth(user, password, "utf-8") if user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
-        # How many attempts have failed so far.
-        self._failures = 0
+        self._failures = 0  # how many attempts have failed so far
         # Of these, how many had failed when the last attempt was begun that has shown that the leader has caught up.
         self._failures_settled = -1
 
@@ -1899,7 +1874,7 @@ class ClusterStore(Store):
             except Refused as fault:
                 raise StartupError(f"VINCACHE_DATABASE: {self._hosts}: {fault}") from None
             except StoreFault as fault:
-                self._fault = str(fault)  # the first statement tells of it, `_watch` tries again
+                self._fault = str(fault)  # the first statement logs it, `_watch` tries again
             await resources.enter_async_context(background(self._watch()))
             self._resources = resources.pop_all()
         return self
@@ -2034,7 +2009,7 @@ class ClusterStore(Store):
                 break
             except (NoAnswer, TimeoutError) as fault:
                 self._failures += 1
-                again |= not isinstance(fault, NoAnswer) or fault.received
+                again |= not isinstance(fault, NotReached)
                 reasons[str(fault) or "no answer in time"] = None
             if not await self._has_time_for_next(node, deadline):
                 self._fault = ", ".join(reasons)
@@ -2065,7 +2040,7 @@ class ClusterStore(Store):
                 answer = json.loads(await response.read())
         except aiohttp.ClientConnectorError as error:
             why = "not trusted" if isinstance(error, aiohttp.ClientSSLError) else "not reached"
-            raise NoAnswer(why, received=False) from None
+            raise NotReached(why) from None
         except aiohttp.ClientError:
             raise NoAnswer("broken off") from None
         except ValueError:
@@ -2086,7 +2061,7 @@ class ClusterStore(Store):
         with temporary as folder:
             backup = Path(folder, "backup.db")
             await self._back_up(backup)
-            yield f"{backup.as_uri()}?immutable=1"  # it says of itself that there is a WAL
+            yield f"{backup.as_uri()}?immutable=1"  # without it SQLite looks for the WAL that the file names
 
     async def _back_up(self, path: Path) -> None:
         deadline = asyncio.get_running_loop().time() + BACKUP_TIMEOUT_S
@@ -2102,16 +2077,13 @@ class ClusterStore(Store):
                         return
                     if response.status == 401:
                         raise Refused("user or password refused, or without the right to backup")
-                    why = f"no backup, status {response.status}"  # 500 where it makes one for somebody else
+                    why = f"no backup, status {response.status}"  # 500: it makes one for another client
             except (aiohttp.ClientError, TimeoutError) as error:
                 why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
             except OSError as error:  # of our disk
                 raise StoreFault(reason(error)) from error
             if not await self._has_time_for_next(node, deadline):
                 raise StoreFault(why)
-
-    async def report_damage(self, cause: str) -> None:
-        """Do nothing: the damage was found in a backup, not in the cluster."""
 
 
 def as_json_lists(statements: Iterable[Statement]) -> list[list[Any]]:
@@ -2598,30 +2570,19 @@ class Vpic:
             seconds = deadline - asyncio.get_running_loop().time()
             await self._keep_to_rate(math.inf)
             deadline = asyncio.get_running_loop().time() + seconds
-        async for attempt in stamina.retry_context(
-            on=lambda error: self._wait_before_retry(error, deadline),
-            attempts=3,
-            timeout=None,
-            wait_initial=0.2,
-            wait_jitter=0.3,
-            wait_max=1,
-        ):
-            with attempt:
-                if not patient or attempt.num > 1:
-                    await self._keep_to_rate(deadline)
+        attempt = 0
+        while True:
+            attempt += 1
+            if not patient or attempt > 1:
+                await self._keep_to_rate(deadline)
+            try:
                 with self.breaker.watch_call(questions):
                     return await self._logged_call(questions, deadline)
-        raise AssertionError  # the loop returns or raises
-
-    @staticmethod
-    def _wait_before_retry(error: Exception, deadline: float) -> bool | float:
-        """False if a failed call is not repeated, True if it is after stamina's wait, or the seconds until then."""
-        if not isinstance(error, VpicUnavailable) or not error.failure.try_again:
-            return False
-        left = deadline - asyncio.get_running_loop().time()
-        if error.retry_after is None:
-            return left > 1  # stamina's longest wait
-        return error.retry_after < left and max(0.05, error.retry_after)
+            except VpicUnavailable as error:
+                left, wait = deadline - asyncio.get_running_loop().time(), error.retry_after
+                if not error.failure.try_again or attempt == 3 or left <= (1 if wait is None else wait):
+                    raise
+            await asyncio.sleep(0.2 * attempt + random.uniform(0, 0.3) if wait is None else max(0.05, wait))  # noqa: S311
 
     async def _keep_to_rate(self, deadline: float) -> None:
         while True:
@@ -2656,7 +2617,12 @@ class Vpic:
             async with asyncio.timeout_at(deadline), self._request(questions) as response:
                 if response.status != 200:
                     raise self._status_error(response.status, response.headers.get("Retry-After"))
-                return {asked[vin]: decoded for vin, decoded in parse(await self._body(response), asked).items()}
+                body = bytearray()
+                async for chunk in response.content.iter_chunked(2**16):  # it is unpacked piece by piece
+                    body += chunk
+                    if len(body) > ANSWER_BYTES:
+                        raise ValueError(f"more than {ANSWER_BYTES} bytes")
+                return {asked[vin]: decoded for vin, decoded in parse(bytes(body), asked).items()}
         except TimeoutError:
             raise VpicUnavailable(TOO_LATE if fair else TOO_LITTLE_TIME, "no answer") from None
         except aiohttp.ClientError as error:
@@ -2692,16 +2658,6 @@ class Vpic:
         cause = f"status {status}" + (f", Retry-After {retry_after}" if wait is not None else "")
         return VpicUnavailable(failure, cause, retry_after=wait)
 
-    @staticmethod
-    async def _body(response: aiohttp.ClientResponse) -> bytes:
-        """The body. It is unpacked piece by piece. Raises ValueError once it has more than ANSWER_BYTES."""
-        body = bytearray()
-        async for chunk in response.content.iter_chunked(2**16):
-            body += chunk
-            if len(body) > ANSWER_BYTES:
-                raise ValueError(f"more than {ANSWER_BYTES} bytes")
-        return bytes(body)
-
 
 async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
     """Keep aiohttp from repeating a GET when a connection breaks, because neither rate nor breaker would count that."""
@@ -2717,7 +2673,6 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
     if not settings.vpic_url:
         log.warning("VINCACHE_VPIC_URL is empty: VINs are decoded offline")
     url = urlsplit(settings.vpic_url)
-    stamina.instrumentation.set_on_retry_hooks([])  # because `_logged_call` logs each failed call
     async with aiohttp.ClientSession(
         headers={"User-Agent": "vincache/1.0"},
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
@@ -2733,7 +2688,6 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
 # ======================================================================================================================
 # Offline: decoding with vPIC's data of some months ago, which the package ultravin contains.
 # ======================================================================================================================
-
 
 OFFLINE_DAYS = 183  # if the data is older, the log warns
 
@@ -3796,8 +3750,8 @@ async def receive_file(
             encoding = await receive_pieces(pieces, file)
         except OSError as error:
             log.warning("upload failed: %s", error)
-            said = f"The file cannot be kept ({reason(error)}); send it again later."
-            raise HTTPException(503, said, ask_again(60)) from None
+            sentence = f"The file cannot be kept ({reason(error)}); send it again later."
+            raise HTTPException(503, sentence, ask_again(60)) from None
         opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind))
         try:
             while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
@@ -4133,11 +4087,11 @@ class Exporter:
                 elif "malformed" in str(error) or "not a database" in str(error):
                     await self._store.report_damage(str(error))
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    said = f"The export cannot be kept ({reason(error)}); ask again later."
-                    raise HTTPException(503, said, ask_again(60)) from None
+                    sentence = f"The export cannot be kept ({reason(error)}); ask again later."
+                    raise HTTPException(503, sentence, ask_again(60)) from None
                 if isinstance(error, Refused):
-                    said = "The user of the cluster lacks the right to back up: there is no export."
-                    raise HTTPException(503, said) from None
+                    sentence = "The user of the cluster lacks the right to back up: there is no export."
+                    raise HTTPException(503, sentence) from None
                 raise HTTPException(503, "The export could not be built; ask again.", ask_again(5)) from None
             finally:
                 export_duration.record(time.perf_counter() - started, {"outcome": outcome})
@@ -4196,8 +4150,8 @@ class Exporter:
                         process.kill()
                     await process.wait()
                     # The traceback of a process that died, as one line of our log.
-                    if said := await cast(asyncio.StreamReader, process.stderr).read():
-                        log.warning("exporting process: %s", said.decode(errors="replace").rstrip())
+                    if traceback := await cast(asyncio.StreamReader, process.stderr).read():
+                        log.warning("exporting process: %s", traceback.decode(errors="replace").rstrip())
 
 
 # ======================================================================================================================
@@ -4223,20 +4177,15 @@ class Access:
     """Checks the key and the limits of a request, by the tag of its route."""
 
     def __init__(self, settings: Settings, rates: Rates) -> None:
-        # Counts the clients' requests.
         self._rates = rates
-        # The valid keys.
         self.keys = [key.encode() for key in settings.api_keys]
-        # The tags that need no key.
-        self.open_tags = OPEN_TAGS | (set() if settings.private else {"lookup"})
+        self.open_tags = OPEN_TAGS | (set() if settings.private else {"lookup"})  # those that need no key
         if not self.keys:
             self.open_tags = {*get_args(Tag)}
             log.warning("VINCACHE_API_KEY is empty: whoever reaches this service may remove VINs and export the cache")
-        # The limit of a client, for the tags that have one.
         given: dict[Tag, str] = {"lookup": settings.lookup_limit, "export": settings.export_limit}
-        self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}
-        # The tags for which there is nothing to check.
-        self.unchecked_tags = self.open_tags - self.limits.keys()
+        self.limits = {tag: limits.parse(limit) for tag, limit in given.items() if limit}  # of a client
+        self.unchecked_tags = self.open_tags - self.limits.keys()  # those for which there is nothing to check
 
     async def check(self, scope: Scope, tag: Tag) -> None:
         """Raises a 401 without a valid key where one is needed, then a 429 beyond the client's limit."""
@@ -4327,21 +4276,10 @@ def limit_body(scope: Scope, receive: Receive, most: int) -> Receive:
 # ======================================================================================================================
 
 
-class State(TypedDict):
-    """What the routes find in `request.state`."""
-
-    settings: Settings
-    cache: Cache
-    vpic: Vpic
-    lookups: Lookups
-    exporter: Exporter
-    access: Access
-    read_metrics: MetricsReader | None
-
-
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-    """Open the service. Raises StartupError, whose sentence is then the last line of the log."""
+async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+    """Open the service, and yield what the routes find in `request.state`. Raises StartupError, whose sentence is then
+    the last line of the log."""
     try:
         settings = read_settings()
         if not settings.vpic_url and not offline_month():
@@ -4349,7 +4287,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         open_log(settings.log, settings.log_vins)
         log.info("settings: %s", settings)
         async with (
-            open_metrics(settings.metrics) as read_metrics,
+            open_metrics(settings.metrics) as registry,
             Rates(settings.rate_storage, settings.vpic_rate, settings.nodes) as rates,
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
@@ -4363,15 +4301,15 @@ async def lifespan(_: FastAPI) -> AsyncIterator[State]:
             # through new ones less often.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
-            yield State(
-                settings=settings,
-                cache=cache,
-                vpic=vpic,
-                lookups=lookups,
-                exporter=exporter,
-                access=access,
-                read_metrics=read_metrics,
-            )
+            yield {
+                "settings": settings,
+                "cache": cache,
+                "vpic": vpic,
+                "lookups": lookups,
+                "exporter": exporter,
+                "access": access,
+                "registry": registry,
+            }
     except StartupError:
         sys.tracebacklimit = 0  # Starlette logs a traceback: without its frames only our sentence is left
         raise
@@ -4397,24 +4335,21 @@ LENIENT_TAGS: set[Tag] = OPEN_TAGS | {"metrics"}
 class TaggedRoute(APIRoute):
     """A route with one tag. `Middleware` finds the route of a request, and FastAPI's router calls that one."""
 
+    takes_files = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # What the route is about. Raises ValueError, which stops the start, unless there is exactly one tag.
         [self.tag] = cast(list[Tag], self.tags)
-        # The methods that the route has, HEAD included.
-        self.allowed = {*(self.methods or ())}
+        self.allowed = {*(self.methods or ())}  # its methods
         if "GET" in self.allowed:
             self.allowed.add("HEAD")
-        # The names of its query parameters.
-        self._parameters = [field.alias for field in self.dependant.query_params]
+        self._parameters = [field.alias for field in self.dependant.query_params]  # the names of those in the query
 
     def serves(self, scope: Scope) -> bool:
         """Whether this route, of all with the same path, is for the request."""
-        return scope["method"] in self.allowed
-
-    def body_bytes(self, _: Settings) -> int:
-        """The most bytes of a body."""
-        return BODY_BYTES
+        takes_body = not self.takes_files or not is_json(Headers(scope=scope).get("content-type", ""))
+        return scope["method"] in self.allowed and takes_body
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return Match.FULL if scope.get("route") is self else Match.NONE, {}
@@ -4440,8 +4375,7 @@ class Middleware:
     """Checks the access to a request and finds its route. A route that is no `TaggedRoute` can't be reached."""
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
-        # FastAPI's router.
-        self._app = app
+        self._app = app  # FastAPI's router
         by_path: dict[str, list[TaggedRoute]] = {}
         for route in routes:
             if isinstance(route, TaggedRoute):
@@ -4500,7 +4434,8 @@ class Middleware:
                     return
             answer = answer_without_route(scope, path, here) or self._app
             if method == "POST":
-                receive = limit_body(scope, receive, route.body_bytes(scope["state"]["settings"]))
+                most = scope["state"]["settings"].upload_bytes if route.takes_files else BODY_BYTES
+                receive = limit_body(scope, receive, most)
         except HTTPException as error:
             answer = await render_error(Request(scope), error)
         await answer(scope, receive, send)
@@ -4736,9 +4671,7 @@ class SnapshotResponse(FileResponse):
 # Of a header like `respond-async, wait=10`; the value may be quoted.
 PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re.ASCII | re.IGNORECASE)
 
-Compression = Annotated[
-    Literal["zstd", "snappy", "none"], Query(description="snappy is larger, but known to every reader")
-]
+Compression = Annotated[Literal["zstd", "snappy", "none"], Query(description="snappy is larger; all readers know it")]
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 
@@ -4778,11 +4711,7 @@ def accepted_form(accept: str, form: str) -> str:
 class FileRoute(TaggedRoute):
     """A route for a body that is not JSON. FastAPI would read the whole body into memory, this route streams it."""
 
-    def serves(self, scope: Scope) -> bool:
-        return super().serves(scope) and not is_json(Headers(scope=scope).get("content-type", ""))
-
-    def body_bytes(self, settings: Settings) -> int:
-        return settings.upload_bytes
+    takes_files = True
 
 
 async def received_file(request: Request) -> AsyncIterator[Fleet]:
@@ -4840,7 +4769,7 @@ async def answer_batch(
     ),
 )
 async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
-    """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
+    """Decode many VINs. Lines stream as soon as each is known; a bad VIN spoils only its own."""
     limit = request.state.settings.batch_limit
     if len(body.vins) > limit:
         raise invalid("too_long", ("body", "vins"), f"At most {limit} VINs at a time")
@@ -4912,9 +4841,8 @@ async def readyz(request: Request, response: Response) -> Readiness:
     if cache != "ok":
         response.status_code = 503
         response.headers["Retry-After"] = "1"  # the cache is checked once a second at most
-    status: Literal["ok", "unavailable"] = "ok" if cache == "ok" else "unavailable"
     return Readiness(
-        status=status,
+        status="ok" if cache == "ok" else "unavailable",
         cache=cache,
         vpic=request.state.vpic.state,
         unconfirmed=request.state.cache.unconfirmed,
@@ -4925,11 +4853,12 @@ async def readyz(request: Request, response: Response) -> Readiness:
 @app.get("/metrics", tags=["metrics"], include_in_schema=False)
 async def get_metrics(request: Request) -> Response:
     """All metrics, for Prometheus; 404 unless VINCACHE_METRICS is true."""
-    read_metrics: MetricsReader | None = request.state.read_metrics
-    if read_metrics is None:
+    if request.state.registry is None:
         raise HTTPException(404)
-    body, content_type = read_metrics(request.headers.get("Accept", ""))
-    return Response(body, headers={"Content-Type": content_type})
+    from prometheus_client.exposition import choose_encoder
+
+    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    return Response(encode(request.state.registry), headers={"Content-Type": content_type})
 
 
 @app.get("/", tags=["docs"], include_in_schema=False)

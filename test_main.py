@@ -5418,8 +5418,7 @@ class Simulation:
         self._patches.setattr(main.log, "filters", [])
         self._patches.setattr(main.log, "propagate", False)
         self.world.set_exception_handler(lambda _, context: self.complain(f"unheard: {context}"))
-        main.stamina.instrumentation.set_on_retry_hooks([])  # as `open_vpic` does
-        random.seed(0)  # stamina's
+        random.seed(0)  # of the waits between retries
         self.run(self._open())
         return self
 
@@ -7812,7 +7811,7 @@ async def test_a_start_that_waits_for_a_locked_file_can_be_ended(
         process.signal(how)
         assert await process.ended(10) in (0, -how)
     log = process.log.read_text()
-    assert "told to stop while it waited for" in log
+    assert "stopped while it waited for" in log
     assert "Traceback" not in log
     assert "failed" not in log
 
