@@ -53,7 +53,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import secrets
 import shutil
@@ -94,6 +93,7 @@ import aiohttp
 import aiosqlite
 import limits.errors
 import pydantic_core
+import stamina
 from dotenv import dotenv_values
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -2570,19 +2570,30 @@ class Vpic:
             seconds = deadline - asyncio.get_running_loop().time()
             await self._keep_to_rate(math.inf)
             deadline = asyncio.get_running_loop().time() + seconds
-        attempt = 0
-        while True:
-            attempt += 1
-            if not patient or attempt > 1:
-                await self._keep_to_rate(deadline)
-            try:
+        async for attempt in stamina.retry_context(
+            on=lambda error: self._wait_before_retry(error, deadline),
+            attempts=3,
+            timeout=None,
+            wait_initial=0.2,
+            wait_jitter=0.3,
+            wait_max=1,
+        ):
+            with attempt:
+                if not patient or attempt.num > 1:
+                    await self._keep_to_rate(deadline)
                 with self.breaker.watch_call(questions):
                     return await self._logged_call(questions, deadline)
-            except VpicUnavailable as error:
-                left, wait = deadline - asyncio.get_running_loop().time(), error.retry_after
-                if not error.failure.try_again or attempt == 3 or left <= (1 if wait is None else wait):
-                    raise
-            await asyncio.sleep(0.2 * attempt + random.uniform(0, 0.3) if wait is None else max(0.05, wait))  # noqa: S311
+        raise AssertionError  # the loop returns or raises
+
+    @staticmethod
+    def _wait_before_retry(error: Exception, deadline: float) -> bool | float:
+        """False if a failed call is not repeated, True if it is after stamina's wait, or the seconds until then."""
+        if not isinstance(error, VpicUnavailable) or not error.failure.try_again:
+            return False
+        left = deadline - asyncio.get_running_loop().time()
+        if error.retry_after is None:
+            return left > 1  # stamina's longest wait
+        return error.retry_after < left and max(0.05, error.retry_after)
 
     async def _keep_to_rate(self, deadline: float) -> None:
         while True:
@@ -2673,6 +2684,7 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
     if not settings.vpic_url:
         log.warning("VINCACHE_VPIC_URL is empty: VINs are decoded offline")
     url = urlsplit(settings.vpic_url)
+    stamina.instrumentation.set_on_retry_hooks([])  # because `_logged_call` logs each failed call
     async with aiohttp.ClientSession(
         headers={"User-Agent": "vincache/1.0"},
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline

@@ -5418,7 +5418,8 @@ class Simulation:
         self._patches.setattr(main.log, "filters", [])
         self._patches.setattr(main.log, "propagate", False)
         self.world.set_exception_handler(lambda _, context: self.complain(f"unheard: {context}"))
-        random.seed(0)  # of the waits between retries
+        main.stamina.instrumentation.set_on_retry_hooks([])  # as `open_vpic` does
+        random.seed(0)  # stamina's
         self.run(self._open())
         return self
 
@@ -5533,7 +5534,7 @@ class Simulation:
             try:
                 answer = await self.lookups.lookup(question, details, self.settings.patience)
             except main.VpicUnavailable as error:
-                self._judge(asked, error.status_code, {"vin": error.vin})
+                self._judge(asked, error.status_code, error.fields)
             else:
                 caller.outcome = answer.outcome
                 self._judge(asked, answer.status, json.loads(answer.body))
