@@ -5534,7 +5534,7 @@ class Simulation:
             try:
                 answer = await self.lookups.lookup(question, details, self.settings.patience)
             except main.VpicUnavailable as error:
-                self._judge(asked, error.status_code, error.fields)
+                self._judge(asked, error.status_code, {"vin": error.vin})
             else:
                 caller.outcome = answer.outcome
                 self._judge(asked, answer.status, json.loads(answer.body))
