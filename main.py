@@ -84,7 +84,7 @@ from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from functools import cache, partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urlsplit
@@ -355,9 +355,20 @@ def read_settings() -> Settings:
 # Words: what comes in and what goes out, each declared once. A raw VIN is used nowhere but here; a `Vin` is normal.
 # ======================================================================================================================
 
-# The characters that spreadsheets, telematics and copying leave around a value: blanks, ASCII's and no-break ones, NUL,
-# zero-width characters and the byte order mark, which is one of them.
-EDGES = " \t\n\v\f\r\0\u00a0\u200b\u200c\u200d\u2060\ufeff"
+# The characters that spreadsheets, telematics and copying leave around a value: all of Unicode's controls (Cc), formats
+# (Cf), which are invisible, and blanks (Zs). Their numbers stand here, because a search for them would slow the start.
+EDGE_RANGES = (
+    "0-20 7f-a0 ad 600-605 61c 6dd 70f 890-891 8e2 1680 180e 2000-200f 202a-202f 205f-2064 2066-206f 3000 feff"
+    " fff9-fffb 110bd 110cd 13430-1343f 1bca0-1bca3 1d173-1d17a e0001 e0020-e007f"
+)
+EDGES = "".join(
+    chr(code)
+    for first, _, last in (numbers.partition("-") for numbers in EDGE_RANGES.split())
+    for code in range(int(first, 16), int(last or first, 16) + 1)
+)
+
+# Quotes around a value, and the forms in which spreadsheets keep a number as text: ="..." and '...
+WRAPPED = re.compile(r"=?\"(.+)\"|'(.+?)'?", re.DOTALL)
 
 UTC_TIME = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -367,20 +378,26 @@ def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime(UTC_TIME)
 
 
+def bare(given: str) -> str:
+    """The value without the characters, the quotes and the text form of a spreadsheet that may stand around it."""
+    value = given.strip(EDGES)
+    if wrapped := WRAPPED.fullmatch(value):
+        value = wrapped[wrapped.lastindex or 0].strip(EDGES)
+    return value
+
+
+NOT_IN_VIN = re.compile("[^0-9A-Za-z]")
+
+
 def normalize_vin(given: str) -> str:
-    """`given` in capitals, without the characters that may stand around a VIN. Raises unless 17 ASCII letters and
-    digits are left: the error says what is wrong inside, without an echo of it, and nothing is repaired."""
-    vin = given.strip(EDGES)
+    """`given` in capitals, without what may stand around a VIN. Raises unless 17 ASCII letters and digits are left: the
+    error names the first other character, because people don't see it, else the length. Nothing is repaired."""
+    vin = bare(given)
+    if wrong := NOT_IN_VIN.search(vin):
+        raise PydanticCustomError("vin", f"character {wrong.start() + 1:,} is U+{ord(wrong[0]):04X}, not A-Z or 0-9")
     if len(vin) != 17:
-        hint = ""
-        if len(vin) == 18 and vin[0] in "Ii":
-            hint = ": the I in front may be a barcode label's, not the VIN's"
-        elif vin.endswith("*"):
-            hint = ": the * at the end is not the VIN's"
+        hint = ": the I in front may be a barcode label's, not the VIN's" if len(vin) == 18 and vin[0] in "Ii" else ""
         raise PydanticCustomError("vin", f"{len(vin):,} characters, not 17{hint}")
-    if not (vin.isascii() and vin.isalnum()):
-        place = next(place for place, char in enumerate(vin) if not (char.isascii() and char.isalnum()))
-        raise PydanticCustomError("vin", f"character {place + 1} is U+{ord(vin[place]):04X}, not A-Z or 0-9")
     return vin.upper()
 
 
@@ -391,27 +408,36 @@ def last_model_year() -> int:
     return datetime.now(UTC).year + 2  # model years run ahead of the calendar
 
 
+# A model year that is not given, as spreadsheets, databases and pandas write it.
+NO_YEAR = r"-|-?0+(\.0+)?|#?[Nn]/?[Aa]|[Nn][Aa][Nn]|[Nn][Uu][Ll][Ll]|[Nn][Oo][Nn][Ee]"
+YEAR = re.compile(rf"({NO_YEAR})?|(?P<year>[0-9]{{4}})(\.0+)?")
+
+
 def normalize_model_year(given: object) -> str:
-    """The year as four digits, or "" if none is given. Raises unless a vehicle of today may have it."""
-    if given == "":
-        return ""
+    """The year as four digits, or "" if none is given, of whatever type: a list, CSV and a query have only text. Raises
+    unless a vehicle of today may have it."""
     last = last_model_year()
-    if isinstance(given, float) and given.is_integer():  # in JSON, 1994.0 is an integer
-        given = int(given)
-    year = str(given).strip(EDGES) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
-    if year and not (re.fullmatch("[0-9]{4}", year) and 1980 <= int(year) <= last):
+    text = bare(str(given)) if isinstance(given, str | int | float | None) and not isinstance(given, bool) else "?"
+    found = YEAR.fullmatch(text)
+    year = found and found["year"]
+    if not found or (year and not 1980 <= int(year) <= last):
         raise PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
-    return year
+    return year or ""
 
 
 EXAMPLE = "1XPWD40X1ED215307"
 
 
-def vin_pattern(edges: Iterable[str]) -> str:
-    """A VIN with any of these characters around it, as the schema has it."""
-    edge = "".join(f"\\u{ord(char):04x}" for char in edges)
-    return f"^[{edge}]*[0-9A-Za-z]{{17}}[{edge}]*$"
+def bare_pattern(value: str, edges: str = EDGES) -> str:
+    """This pattern with any of these characters around it, as the schema has it: without those beyond U+FFFF, because
+    not all languages have patterns for them."""
+    runs = groupby(enumerate(edges), lambda numbered: ord(numbered[1]) - numbered[0])
+    ends = [(run[0][1], run[-1][1]) for run in ([*run] for _, run in runs)]
+    edge = "".join(f"\\u{ord(first):04x}-\\u{ord(last):04x}" for first, last in ends if last <= "\uffff")
+    return f"^[{edge}]*({value})[{edge}]*$"
 
+
+VIN_PATTERN = "[0-9A-Za-z]{17}"
 
 Vin = Annotated[
     str,
@@ -419,33 +445,40 @@ Vin = Annotated[
     WithJsonSchema(
         {
             "type": "string",
-            "description": "17 ASCII letters and digits; case is folded, blanks and invisible characters around it go",
+            "description": "17 ASCII letters and digits; case is folded, and what spreadsheets leave around it goes:"
+            " blanks, invisible characters, quotes",
             # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
-            "anyOf": [{"type": "string", "pattern": vin_pattern(EDGES)}],
+            "anyOf": [{"type": "string", "pattern": bare_pattern(VIN_PATTERN)}],
             "example": EXAMPLE,  # `examples` would not fill the field there
         }
     ),
 ]
 
 
-def describe_model_year(**kinds: dict[str, Any]) -> WithJsonSchema:
-    """The schema of a model year, with the limits of each kind of JSON value. It is no enumeration of years, because a
-    client that is generated from one would age."""
+def describe_model_year(*kinds: dict[str, Any]) -> WithJsonSchema:
+    """The schema of a model year that is of one of these kinds. It is no enumeration of years, because a client that is
+    generated from one would age."""
     return WithJsonSchema(
         {
-            "anyOf": [{"type": kind} | limits for kind, limits in kinds.items()],
-            "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years",
+            "anyOf": [*kinds, {"type": "null"}],
+            "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years."
+            " null, 0, - and NA are none",
             "examples": ["1994"],
         }
     )
 
 
 LAST_YEAR = last_model_year()
-YEARS = f"^(19[89][0-9]|20[0-{LAST_YEAR // 10 % 10 - 1}][0-9]|20{LAST_YEAR // 10 % 10}[0-{LAST_YEAR % 10}])?$"
+LAST_DECADE, LAST_DIGIT = divmod(LAST_YEAR - 2000, 10)
+YEARS = rf"19[89][0-9]|20[0-{LAST_DECADE - 1}][0-9]|20{LAST_DECADE}[0-{LAST_DIGIT}]"
 ModelYear = Annotated[
     str,
     BeforeValidator(normalize_model_year),
-    describe_model_year(string={"pattern": YEARS}, integer={"minimum": 1980, "maximum": LAST_YEAR}),
+    describe_model_year(
+        {"type": "string", "pattern": bare_pattern(rf"({NO_YEAR}|({YEARS})(\.0+)?)?")},
+        {"type": "integer", "minimum": 1980, "maximum": LAST_YEAR},
+        {"type": "integer", "minimum": 0, "maximum": 0},
+    ),
 ]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
@@ -524,7 +557,9 @@ class BatchItem(Body):
     """A row of a batch of JSON. The VIN and the year are checked later, because a bad one spoils only its own line."""
 
     vin: str
-    model_year: Annotated[str | StrictInt | StrictFloat, describe_model_year(string={}, number={})] = ""
+    model_year: Annotated[
+        str | StrictInt | StrictFloat | None, describe_model_year({"type": "string"}, {"type": "number"})
+    ] = ""
 
 
 # With the discriminator pydantic says what is wrong with an object, and not that it is no string.
@@ -3587,6 +3622,17 @@ async def in_upload_thread(work: Callable[..., Result], *given: Any) -> Result:
     return await asyncio.get_running_loop().run_in_executor(upload_threads, work, *given)
 
 
+def list_row(line: str) -> Row:
+    """The row of a line of a list, which is CSV where it has quotes. A comma too many at its end is nothing."""
+    line = line.rstrip("\r\n")
+    if '"' in line:
+        vin, *others = next(csv.reader([line]))
+        model_year = ",".join(others)
+    else:
+        vin, _, model_year = line.partition(",")
+    return Row(vin, model_year.rstrip(", ") if model_year else "")
+
+
 class Layout(NamedTuple):
     """How a CSV file is laid out."""
 
@@ -3629,8 +3675,7 @@ class Fleet:
         if layout is None:
             for line in self._lines(LIST_CHARACTERS):
                 if line.strip(EDGES):
-                    vin, _, model_year = line.rstrip("\r\n").partition(",")
-                    yield Row(vin, model_year)
+                    yield list_row(line)
             return
         for came, values in islice(self._sheet(layout.separator), 2 if layout.before else 1, None):
             if len(values) > layout.columns:
@@ -3639,8 +3684,7 @@ class Fleet:
             came += layout.separator * missing
             values += [""] * missing
             model_year = "" if layout.model_year is None else values[layout.model_year]
-            # pandas writes a column of years that has gaps as 1994.0
-            yield Row(values[layout.vin], model_year.removesuffix(".0"), came)
+            yield Row(values[layout.vin], model_year, came)
 
     def _find_layout(self, kind: str) -> Layout | None:
         """The layout, by the first line and by what the file is said to be."""
@@ -4899,7 +4943,7 @@ def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
             # /docs shows a description only if it stands here, not in the schema of the parameter.
             parameter.setdefault("description", parameter["schema"].get("description", ""))
             if parameter["in"] == "path":  # a path with a control character is a 404
-                pattern = vin_pattern(CONTROL.sub("", EDGES))
+                pattern = bare_pattern(VIN_PATTERN, CONTROL.sub("", EDGES))
                 parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
         if tag not in access.open_tags:
             operation["security"] = [{name: []} for name in KEY_SCHEMES]

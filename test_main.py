@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
@@ -890,13 +891,13 @@ BAD_VINS = {
         "I1N6AA0ED8AN310007",
         "18 characters, not 17: the I in front may be a barcode label's, not the VIN's",
     ),
-    "an asterisk behind": ("1XPBDK9X0LD700007*", "18 characters, not 17: the * at the end is not the VIN's"),
+    "an asterisk behind": ("1XPBDK9X0LD700007*", "character 18 is U+002A, not A-Z or 0-9"),
     "a Japanese chassis number": ("SE3P110007" + " " * 7, "10 characters, not 17"),
     "accented letters": ("É" * 17, "character 1 is U+00C9, not A-Z or 0-9"),
     "a Cyrillic look-alike": ("\u0425" + TRUCK[1:], "character 1 is U+0425, not A-Z or 0-9"),
-    "16 with a sharp s that grows in capitals": (TRUCK[:15] + "ß", "16 characters, not 17"),
+    "16 with a sharp s that grows in capitals": (TRUCK[:15] + "ß", "character 16 is U+00DF, not A-Z or 0-9"),
     "17 with a sharp s": (TRUCK[:16] + "ß", "character 17 is U+00DF, not A-Z or 0-9"),
-    "a ligature that grows in capitals": (TRUCK[:15] + "ﬁ", "16 characters, not 17"),
+    "a ligature that grows in capitals": (TRUCK[:15] + "ﬁ", "character 16 is U+FB01, not A-Z or 0-9"),
     "white space inside": (TRUCK[:8] + " " + TRUCK[9:], "character 9 is U+0020, not A-Z or 0-9"),
     "a line break inside": (TRUCK[:8] + "\n" + TRUCK[9:], "character 9 is U+000A, not A-Z or 0-9"),
     "a zero-width space inside": (TRUCK[:8] + "\u200b" + TRUCK[9:], "character 9 is U+200B, not A-Z or 0-9"),
@@ -904,12 +905,17 @@ BAD_VINS = {
     "full-width digits": ("\uff11" * 17, "character 1 is U+FF11, not A-Z or 0-9"),
     "superscript digits": ("²" * 17, "character 1 is U+00B2, not A-Z or 0-9"),
     "punctuation": (TRUCK[:16] + "-", "character 17 is U+002D, not A-Z or 0-9"),
-    "dashes inside": ("1XP-WD40X1-ED215307", "19 characters, not 17"),
+    "dashes inside": ("1XP-WD40X1-ED215307", "character 4 is U+002D, not A-Z or 0-9"),
     "NUL inside": (TRUCK[:8] + "\0" + TRUCK[9:], "character 9 is U+0000, not A-Z or 0-9"),
-    "a line separator behind": (TRUCK + "\u2028", "18 characters, not 17"),
-    "an information separator behind": (TRUCK + "\x1c", "18 characters, not 17"),
-    "a list of two": (f"{TRUCK},{OTHER_TRUCK}", "35 characters, not 17"),
-    "SQL": ("' OR 1=1; --12345", "character 1 is U+0027, not A-Z or 0-9"),
+    "a line separator behind": (TRUCK + "\u2028", "character 18 is U+2028, not A-Z or 0-9"),
+    "an apostrophe inside": (TRUCK[:10] + "'" + TRUCK[10:], "character 11 is U+0027, not A-Z or 0-9"),
+    "an apostrophe behind": (TRUCK + "'", "character 18 is U+0027, not A-Z or 0-9"),
+    "a quote that is not closed": ('"' + TRUCK, "character 1 is U+0022, not A-Z or 0-9"),
+    "a blank too many in a short one": (TRUCK[:8] + " " + TRUCK[9:16], "character 9 is U+0020, not A-Z or 0-9"),
+    "a soft hyphen in the midst of 18": (TRUCK[:8] + "\u00ad" + TRUCK[8:], "character 9 is U+00AD, not A-Z or 0-9"),
+    "quotes around too few": (f'="{TRUCK[:16]}"', "16 characters, not 17"),
+    "a list of two": (f"{TRUCK},{OTHER_TRUCK}", "character 18 is U+002C, not A-Z or 0-9"),
+    "SQL": ("' OR 1=1; --12345", "character 3 is U+0020, not A-Z or 0-9"),
     "100 kB": ("A" * 40_000, "40,000 characters, not 17"),
     "blank": (" ", "0 characters, not 17"),
 }
@@ -1006,6 +1012,12 @@ async def test_what_is_no_vin_is_422_in_one_shape(service: Service, vpic: Played
         f"{TRUCK}\u00a0",
         f"\u200b\u2060{TRUCK}\u200c\u200d",
         f"{TRUCK}\0\0",
+        f"{TRUCK}\x1c",
+        f"\u00ad\u202d{TRUCK}\u3000\U000e0001",
+        f"'{TRUCK}",
+        f'="{TRUCK}"',
+        f' "{TRUCK} "',
+        f"'{TRUCK}'",
     ],
     ids=[
         "lower case",
@@ -1016,6 +1028,12 @@ async def test_what_is_no_vin_is_422_in_one_shape(service: Service, vpic: Played
         "no-break space",
         "zero width",
         "NUL behind",
+        "an information separator",
+        "all over Unicode",
+        "text in Excel",
+        "text in Excel's CSV",
+        "quotes",
+        "apostrophes",
     ],
 )
 async def test_ways_to_write_one_vin_share_one_row(service: Service, vpic: PlayedVpic, written: str) -> None:
@@ -1036,6 +1054,19 @@ async def test_ways_to_write_one_vin_share_one_row(service: Service, vpic: Playe
         status, body, _ = await service.send(form, written)
         removed = (200, {"vin": TRUCK, "cache_delete_success": True})
         assert (status, body) == ((404, NOT_FOUND) if no_path and form[2] == "path" else removed)
+
+
+def test_all_that_is_invisible_goes_at_the_edges() -> None:
+    """Every character that Unicode has as a control, a format or a blank; no other one but those that are new to it."""
+    characters = [chr(code) for code in range(sys.maxunicode + 1)]
+    invisible = {char for char in characters if unicodedata.category(char) in ("Cc", "Cf", "Zs")}
+    assert invisible <= set(main.EDGES)
+    assert {unicodedata.category(char) for char in set(main.EDGES) - invisible} <= {"Cn"}
+    pattern = re.compile(main.bare_pattern(main.VIN_PATTERN))
+    for char in main.EDGES:
+        assert main.normalize_vin(f"{char}{TRUCK}{char}") == TRUCK
+        assert (pattern.search(f"{char}{TRUCK}{char}") is None) == (char > "\uffff")
+    assert not pattern.search(f"\u2028{TRUCK}")
 
 
 @pytest.mark.parametrize(
@@ -4524,11 +4555,12 @@ def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
     hypothesis = pytest.importorskip("hypothesis")
     some = hypothesis.strategies
     years = some.integers(1900, 2100)
-    text, number = main.Asked.model_json_schema()["properties"]["model_year"]["anyOf"]
-    known = {year for year in ("", *(f"{year:04}" for year in range(10_000))) if re.search(text["pattern"], year)}
+    text, number, none, null = main.Asked.model_json_schema()["properties"]["model_year"]["anyOf"]
+    known = {year for year in ("", *(f"{year:04}" for year in range(1, 10_000))) if re.search(text["pattern"], year)}
+    assert (none["minimum"], none["maximum"], null) == (0, 0, {"type": "null"})
     assert known - {""} == {str(year) for year in range(number["minimum"], number["maximum"] + 1)}
     for year in known - {""}:
-        for given in (year, int(year), float(year), f" {year}\n"):
+        for given in (year, int(year), float(year), f"{year}.0", f" {year}.00\n", f"'{year}"):
             assert main.normalize_model_year(given) == year
 
     @hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=1000)
@@ -4550,6 +4582,66 @@ def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
             assert main.normalize_model_year(given) in known
 
     check()
+
+
+def csv_value(year: Any) -> str:
+    """A year in a list and in CSV: its text, in quotes where it has a quote."""
+    out = io.StringIO()
+    csv.writer(out).writerow([year])
+    return out.getvalue().strip()
+
+
+# How a year may be given, and what it means.
+WAYS_TO_GIVE_A_YEAR: dict[str, tuple[Any, str]] = {
+    "null": (None, ""),
+    "empty": ("", ""),
+    "NA": ("NA", ""),
+    "n/a": ("n/a", ""),
+    "Excel's #N/A": ("#N/A", ""),
+    "NULL": ("NULL", ""),
+    "nan": ("nan", ""),
+    "NaN in JSON": (math.nan, ""),
+    "None of Python": ("None", ""),
+    "a dash": ("-", ""),
+    "0": ("0", ""),
+    "0 as a number": (0, ""),
+    "0.0": (0.0, ""),
+    "0000 of MySQL": ("0000", ""),
+    "1994": ("1994", "1994"),
+    "a number": (1994, "1994"),
+    "1994.0 as a number": (1994.0, "1994"),
+    "1994.0 as pandas writes it": ("1994.0", "1994"),
+    "1994.00": (" 1994.00 ", "1994"),
+    "text in Excel": ('="1994"', "1994"),
+}
+
+
+@pytest.mark.parametrize(("given", "meant"), WAYS_TO_GIVE_A_YEAR.values(), ids=WAYS_TO_GIVE_A_YEAR)
+async def test_one_year_means_the_same_in_all_doors(service: Service, given: Any, meant: str) -> None:
+    """In the query, in a body, in a batch, in a list and in CSV."""
+    item = {"vin": FIRE_ENGINE, "model_year": given}
+    text = "" if given is None else f"{given}"
+    sent: list[dict[str, Any]] = [
+        {
+            "method": "GET",
+            "path": f"/lookup/{FIRE_ENGINE}",
+            "params": {"model_year": "null" if given is None else text},
+        },
+        {"method": "POST", "path": "/lookup", "json": item},
+        {"method": "POST", "path": "/lookup/batch", "json": {"vins": [item]}},
+        {"method": "POST", "path": "/lookup/batch", "data": f"{FIRE_ENGINE},{csv_value(text)}\n".encode()},
+        {
+            "method": "POST",
+            "path": "/lookup/batch",
+            "data": f"vin,Year\n{FIRE_ENGINE},{csv_value(text)}\n".encode(),
+            "headers": {"Accept": "application/jsonl"},
+        },
+    ]
+    for it in sent:
+        status, body, _ = await service.ask(it.pop("method"), it.pop("path"), **it)
+        told = json.loads(body) if isinstance(body, bytes) else body
+        assert (status, told["model_year_asked"], told["model_year"]) == (200, meant, meant or "2024"), it
+    assert service.vpic.asked == [f"{FIRE_ENGINE},1994" if meant else FIRE_ENGINE]
 
 
 async def test_two_years_of_one_vin_at_the_same_time_are_two_flights(start: Start, vpic: PlayedVpic) -> None:
@@ -5768,6 +5860,13 @@ LISTS = {
     "UTF-16": (FORM, FLEET.encode("utf-16")),
     "UTF-16, big end first": (TEXT, b"\xfe\xff" + FLEET.encode("utf-16-be")),
     "no-break spaces in Windows-1252": (FORM, FLEET.replace("\n", "\u00a0\n").encode("cp1252")),
+    "quotes": (FORM, f'"{TRUCK}"\n"{FIRE_ENGINE}","1994"\n'.encode()),
+    "quotes around the vehicle only": (FORM, f'"{TRUCK}",\r\n"{FIRE_ENGINE}",1994\r\n'.encode()),
+    "text in Excel": (FORM, f"'{TRUCK}\n'{FIRE_ENGINE},'1994\n".encode()),
+    "text in Excel's CSV": (FORM, f'="{TRUCK}"\n="{FIRE_ENGINE}",="1994"\n'.encode()),
+    "text in Excel's CSV, quoted": (FORM, f'"=""{TRUCK}"""\n"=""{FIRE_ENGINE}""",1994\n'.encode()),
+    "commas too many": (TEXT, f"{TRUCK},,\n{FIRE_ENGINE},1994,\n".encode()),
+    "more commas too many": (TEXT, f'{TRUCK}, , ,\n"{FIRE_ENGINE}",1994,,\n'.encode()),
     "blank lines, blanks, small letters": (FORM, f"\n \n{FLEET.lower()}\r\n\t\n".replace(",", " , ").encode()),
 }
 
@@ -5807,6 +5906,7 @@ SHEETS = {
     "Vin Nr": (SHEET.replace("vin", '"Vin Nr"'), "utf-8", ","),
     "the whole name": (SHEET.replace("vin", "Vehicle Identification Number"), "utf-8", ","),
     "two such columns": (SHEET.replace("note", "VIN Number"), "utf-8", ","),
+    "VINs as Excel's text": (SHEET.replace(TRUCK, f"'{TRUCK}").replace(FIRE_ENGINE, f'="{FIRE_ENGINE}"'), "utf-8", ","),
     "years as pandas writes them": (SHEET.replace("1994", "1994.0"), "utf-8", ","),
     "a short row": (SHEET.replace("1994,", "1994"), "utf-8", ","),
     "an empty line": (SHEET.replace("\r\n", "\r\n\r\n"), "utf-8", ","),
@@ -7944,8 +8044,8 @@ async def test_schema_suits_generators(service: Service) -> None:
         it["schema"] for key, it in walk(schema["paths"]) if isinstance(it, dict) and it.get("name") == "model_year"
     ]
     assert {tuple(kind["type"] for kind in it["anyOf"]) for it in given} == {
-        ("string", "integer"),
-        ("string", "number"),
+        ("string", "integer", "integer", "null"),
+        ("string", "number", "null"),
     }
     for answer in ("Vehicle", "Undecodable", "BatchLine"):
         assert schema["components"]["schemas"][answer]["properties"]["model_year"]["type"] == "string"
@@ -7957,18 +8057,20 @@ async def test_schema_suits_generators(service: Service) -> None:
     assert told[JSON]["schema"]["items"] == {"$ref": "#/components/schemas/BatchLine"}
 
 
-@pytest.mark.parametrize("year", ["1979", "1980", "1999", "2009", "2010", "2019", "2020", "next", "beyond", "", "198"])
+@pytest.mark.parametrize(
+    "year", ["1979", "1980", "1999", "2009", "2010", "2019", "2020", "next", "beyond", "", "198", "0"]
+)
 async def test_schema_and_service_agree_on_model_years(service: Service, year: str) -> None:
     """As text and as a number."""
     now = datetime.now(UTC).year
     year = {"next": f"{now + 2}", "beyond": f"{now + 3}"}.get(year, year)
-    [text, number] = (await service.get("/openapi.json"))[1]["components"]["schemas"]["LookupBody"]["properties"][
-        "model_year"
-    ]["anyOf"]
+    schemas = (await service.get("/openapi.json"))[1]["components"]["schemas"]
+    text, number, none, _ = schemas["LookupBody"]["properties"]["model_year"]["anyOf"]
     status, _, _ = await service.ask("GET", f"/lookup?vin={FIRE_ENGINE}&model_year={year}")
     assert (status == 422) == (re.search(text["pattern"], year) is None)
     if year:
-        assert (status == 422) == (not number["minimum"] <= int(year) <= number["maximum"])
+        known = any(kind["minimum"] <= int(year) <= kind["maximum"] for kind in (number, none))
+        assert (status == 200) == known
         body = {"vin": FIRE_ENGINE, "model_year": int(year)}
         assert (await service.post("/lookup", body))[0] == status
 
