@@ -3568,7 +3568,8 @@ def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
 # ======================================================================================================================
 # Fleet: a file of VINs as people keep it, a list or a spreadsheet's CSV, and its answer, as JSON Lines or as CSV. An
 # upload is received whole and read through once before it is answered, because clients write all before they read, and
-# because a fault in a file is then a 422. Uploads are read by threads of their own, which hold up no lookup.
+# because a fault in a file is then a 422. `Head` alone decides what is in a file, by its first lines. Uploads are read
+# by threads of their own, which hold up no lookup.
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
@@ -3591,7 +3592,7 @@ FIRST_LINES = 20  # of a file, in which the names of its columns are looked for
 FIRST_CHARACTERS = 2**15  # of these lines, not counting the last one
 
 SEPARATOR_LINE = re.compile(r"sep=(\t|[^\w\s\"])[\r\n]*")  # Excel's own, before the names
-VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]*\d){3})[0-9A-Za-z]{17}")
+VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]*\d){3})(?=\d*[A-Za-z])[0-9A-Za-z]{17}")  # no word, no time in digits
 HAS_VIN = re.compile(rf"(?<![^\W_]){VIN_LIKE.pattern}(?![^\W_])")
 
 # The first that fits counts.
@@ -3746,19 +3747,18 @@ class Head:
     """The first lines of a file, by which its layout is found: here alone it is decided what is in a file."""
 
     def __init__(self, lines: Iterator[str]) -> None:
-        # Excel's line that tells the separator, or an empty string.
-        self._separator_line = ""
         # The separators that the file may have.
         self._separators = ",;\t"
-        # How many lines stand before those that are looked at: blank ones, of which there may be millions.
-        self._skipped = 0
+        # How many lines stand before those that are looked at: Excel's line, and blank ones, of which there may be
+        # millions; and the text of the first of them.
+        self._skipped, self._above = 0, ""
         # The lines that are looked at.
         self.lines: list[str] = []
         first = self._skip_blank(lines)
         if found := SEPARATOR_LINE.fullmatch(first):
-            self._separator_line, self._separators = first, found[1]
+            self._separators = found[1]
+            self._above, self._skipped = self._above + first, self._skipped + 1
             first = self._skip_blank(lines)
-            self._skipped += 1
         for line in chain([first] if first else [], lines):
             self.lines.append(line)
             if len(self.lines) == FIRST_LINES or sum(map(len, self.lines)) > FIRST_CHARACTERS:
@@ -3772,6 +3772,8 @@ class Head:
             if line.strip(EDGES):
                 return line
             self._skipped += 1
+            if self._skipped <= FIRST_LINES:
+                self._above += line
         return ""
 
     def find_layout(self, column: str) -> Layout | None:
@@ -3816,9 +3818,10 @@ class Head:
         return min(found, key=lambda names: names.order, default=None)
 
     def _has_vin_below(self, names: Names) -> bool:
-        """Whether one of the columns has the first VIN of the file, if it has one: a title may have the word, too."""
+        """Whether one of the columns has the first VIN, or all below is blank: titles and notes have the word, too."""
         values = self._row(self._vin_line, names.separator)[0]
-        return self._vin_line == len(self.lines) or any(is_vin(values[i]) for i in names.vins if i < len(values))
+        is_last = not "".join(self.lines[names.after :]).strip(EDGES)
+        return is_last or any(is_vin(values[index]) for index in names.vins if index < len(values))
 
     def _layout_by_number(self, vin: int) -> Layout:
         """The layout where the column of the VINs has this index. The line above the first of them has the names, if
@@ -3838,7 +3841,7 @@ class Head:
             values, after = sheets[separator][at]
             return self._layout(Names(0, at, after, separator, values, [vin]))
         numbers = separator.join(map(str, range(1, width + 1)))
-        return Layout(separator, line_ends(self._separator_line), numbers, self._skipped, width, vin, None)
+        return Layout(separator, line_ends(self._above), numbers, self._skipped, width, vin, None)
 
     def _layout(self, names: Names) -> Layout:
         """The layout by this row of names. Raises a 422 if two columns are equally good, or a name has a NUL."""
@@ -3855,7 +3858,7 @@ class Head:
             raise self._invalid(names.line, f"each of the columns {told} may have the model years; rename one")
         return Layout(
             names.separator,
-            line_ends(self._separator_line + "".join(self.lines[: names.line])),
+            line_ends(self._above + "".join(self.lines[: names.line])),
             "".join(self.lines[names.line : names.after]).rstrip("\r\n"),
             self._skipped + names.after,
             len(values),
@@ -3866,7 +3869,7 @@ class Head:
     def _refusal(self, column: str) -> RequestValidationError:
         """The 422 for a file of which it is not known where its VINs are. It says no value that may be a VIN."""
         if column:
-            told = f"No column is named {quoted([column])}"
+            told = "No column has the name that vin_column gives"
         elif self._vin_line == 0:
             told = "The file has no line of names, and is no list of one VIN a line"
         else:
@@ -4050,7 +4053,9 @@ async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO, named: st
     if marked := next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), ""):
         return marked
     nuls = tuple(head[place::4].count(0) * 16 > len(head) for place in range(4))  # at a quarter of these places
-    return named or WIDE_ENCODINGS.get(nuls, encoding)
+    if named not in ("", "utf-16", "utf-32"):
+        return named
+    return WIDE_ENCODINGS.get(nuls, encoding)
 
 
 async def in_windows(

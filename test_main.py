@@ -5950,9 +5950,10 @@ async def test_a_spreadsheet_comes_back_with_our_columns_behind(
 
 # Names of a column of VINs from real files, which have no other column with a better name.
 VIN_HEADERS = """
-VIN vin Vin VIN# VIN-No. V.I.N. [VIN] "VIN Number" "VIN no." "Vehicle Identification Number" VIN_1 VIN17 asset.vin
-"Vehicle Identification No." "Vehicle Identification Number (VIN)" "Vehicle VIN" vehicle_vin vehicleVin "VIN Code" VINCode VINs "VIN (17 characters)"
-"Full VIN" FullVIN "Serial Number/VIN" "VIN / Serial" truck-vin "Vehicle Identification Num."
+VIN vin Vin VIN# VIN-No. V.I.N. [VIN] "VIN Number" "VIN no." VIN_1 VIN17 asset.vin "Vehicle Identification Number"
+"Vehicle Identification No." "Vehicle Identification Num." "Vehicle Identification Number (VIN)" "Vehicle VIN" VINs
+vehicle_vin vehicleVin "VIN Code" VINCode "VIN (17 characters)" "Full VIN" FullVIN "Serial Number/VIN" "VIN / Serial"
+truck-vin
 """
 
 
@@ -5984,6 +5985,7 @@ async def test_a_column_without_the_word_is_none(service: Service, name: str) ->
 # What stands above the names.
 TITLES = {
     "a title": "Report 2026",
+    "blank lines and a time in digits": "\r\n\r\nReport 20261125115959123",
     "a title and its date": "Fleet\r\nAs of 11/25/2026",
     "a line of commas": ",,,",
     "a title with commas, and a blank line": "VIN report,,,\r\n\r\n",
@@ -6040,6 +6042,7 @@ COLUMNS = {
     "two of one name": (TWO_VINS.replace("Tractor", "Trailer"), "1", [TRUCK, FIRE_ENGINE]),
     "below a title": (f"Report 2026\r\n\r\n{TWO_VINS}", "3", [HONDA, ""]),
     "behind Excel's line": (f"sep=;\r\n{TWO_VINS}", "3", [HONDA, ""]),
+    "a VIN": (NAMELESS.replace(TRUCK, FIRE_ENGINE), TRUCK, "No column has the name that vin_column gives; vin_column="),
     "no names": (NAMELESS, "2", [TRUCK, "short1", FIRE_ENGINE]),
     "no names, a bad first one": (f"5,1XPWD,\r\n{NAMELESS}", "2", ["1XPWD", TRUCK, "short1", FIRE_ENGINE]),
     "no names, tabs": (NAMELESS.replace(",", "\t"), "2", [TRUCK, "short1", FIRE_ENGINE]),
@@ -6047,11 +6050,15 @@ COLUMNS = {
     "no such name": (
         TWO_VINS,
         "Truck VIN",
-        "No column is named 'Truck VIN'; the first line names 'Tractor VIN', 'unit'",
+        "No column has the name that vin_column gives; the first line names 'Tractor VIN', 'unit'",
     ),
-    "no such name where there are none": (NAMELESS, "VIN", "No column is named 'VIN'; vin_column= tells the column"),
+    "no such name where there are none": (
+        NAMELESS,
+        "VIN",
+        "No column has the name that vin_column gives; vin_column= tells",
+    ),
     "no such number": (NAMELESS, "4", "The first lines have 3 columns at most"),
-    "0": (TWO_VINS, "0", "No column is named '0'"),
+    "0": (TWO_VINS, "0", "No column has the name that vin_column gives"),
     "a name of two": (
         TWO_VINS.replace("Tractor", "Trailer"),
         "Trailer VIN",
@@ -6104,6 +6111,7 @@ async def test_vin_column_is_for_files(service: Service) -> None:
         ("Shift_JIS", "shift_jis", "東京"),
         ("gb18030", "gb18030", "北京"),
         ("utf-16le", "utf-16-le", "北京" * 9),
+        ("utf-16", "utf-16-be", "Łódź"),
         ("utf-8", "utf-8-sig", "Łódź"),
         ("us-ascii", "cp1252", "Köln"),
     ],
@@ -6151,6 +6159,16 @@ async def test_the_content_type_is_no_obstacle(service: Service, kind: str) -> N
     assert (status, headers["Content-Type"], body.count(b'"status":200')) == (200, "application/jsonl", 2)
 
 
+async def test_a_list_that_is_called_csv_is_answered_in_csv(service: Service) -> None:
+    """As Accept might say it."""
+    status, body, headers = await upload(service, FLEET.encode(), CSV)
+    assert (status, headers["Content-Type"]) == (200, "text/csv; charset=utf-8")
+    assert [(row["vin"], row["model_year"], row["decoded_model_year"]) for row in sheet(body.decode())] == [
+        (TRUCK, "", "2014"),
+        (FIRE_ENGINE, "1994", "1994"),
+    ]
+
+
 async def test_a_list_has_a_vin_in_its_first_lines(service: Service) -> None:
     """Then it may have bad ones before, which are told in their lines; a title of a list is one of these."""
     for above in ("Report 2026\n", f"{TRUCK[:16]}\n", "short1\n" * 19):
@@ -6194,6 +6212,11 @@ REFUSED_FILES = {
     ),
     "a title and a list of units": (FORM, b"Report 2026\nUnit 7\nUnit 8\n", "No column is named vin, and no line is"),
     "notes": (TEXT, f"Truck 7 is {TRUCK}.\nTruck 8 is gone.\n".encode(), "The file has no line of names, and is no li"),
+    "notes without a VIN": (
+        FORM,
+        b"Please check the VIN of unit 7, thanks.\nI will, soon.\n",
+        "No column is named vin, ",
+    ),
     "XML": ("text/xml", f"<fleet>\n<vin>{TRUCK}</vin>\n</fleet>\n".encode(), "No column is named vin, and no line is"),
     "HTML": (FORM, f"<table><tr><td>VIN<tr><td>{TRUCK}</table>\n".encode(), "The file has no line of na"),
     "columns of blanks": (FORM, f"Unit  Vehicle VIN\n7     {TRUCK}\n".encode(), "No column is named vin, and no line"),
@@ -6291,6 +6314,7 @@ async def test_a_file_without_vins_is_answered_without_lines(service: Service) -
         (b" \n\n", TEXT, b""),
         (b"", CSV, b"vin,model_year," + ours + b"\r\n"),
         (b"unit,vin", FORM, b"unit,vin," + ours + b"\r\n"),
+        (b"unit,Vehicle VIN\n\n", FORM, b"unit,Vehicle VIN," + ours + b"\r\n"),
         (b"vin\n", TEXT, b"vin," + ours + b"\r\n"),
     ):
         status, body, headers = await upload(service, content, kind)
