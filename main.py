@@ -3758,7 +3758,7 @@ class Head:
         if found := SEPARATOR_LINE.fullmatch(first):
             self._separators = found[1]
             self._above, self._skipped = self._above + first, self._skipped + 1
-            first = self._skip_blank(lines)
+            first = self._skip_blank(lines) or first
         for line in chain([first] if first else [], lines):
             self.lines.append(line)
             if len(self.lines) == FIRST_LINES or sum(map(len, self.lines)) > FIRST_CHARACTERS:
@@ -3787,7 +3787,8 @@ class Head:
             raise self._invalid(0, EATEN)
         if names := self._find_names(column):
             return self._layout(names)
-        if column or not any(map(is_list_line, self.lines)):
+        telling = next((line for line in self.lines if HAS_VIN.search(line) or is_list_line(line)), "")
+        if column or not is_list_line(telling):
             raise self._refusal(column)
         return None
 

@@ -6217,6 +6217,12 @@ REFUSED_FILES = {
         b"Please check the VIN of unit 7, thanks.\nI will, soon.\n",
         "No column is named vin, ",
     ),
+    "a list with tabs": (
+        FORM,
+        f"{TRUCK}\t2014\n{TRUCK}\t\n".encode(),
+        "The file has no line of names, and is no list of",
+    ),
+    "Excel's line alone": (FORM, b"sep=;\r\n\r\n", "No column is named vin, and no line is a VIN alone"),
     "XML": ("text/xml", f"<fleet>\n<vin>{TRUCK}</vin>\n</fleet>\n".encode(), "No column is named vin, and no line is"),
     "HTML": (FORM, f"<table><tr><td>VIN<tr><td>{TRUCK}</table>\n".encode(), "The file has no line of na"),
     "columns of blanks": (FORM, f"Unit  Vehicle VIN\n7     {TRUCK}\n".encode(), "No column is named vin, and no line"),
