@@ -3513,6 +3513,8 @@ class Lookups:
 
     def _is_lost(self, waiter: Waiter) -> bool:
         ticket = waiter.ticket
+        if waiter not in ticket.waiters:  # it has left, and a task answers it without vPIC
+            return not self._tasks
         if ticket.state is TicketState.WAITING:
             return ticket not in waiter.queue or not (self._tasks or self._timer or self._scheduled)
         return ticket.task is None or ticket.task.done()
