@@ -53,7 +53,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import secrets
 import shutil
@@ -82,9 +81,10 @@ from copy import deepcopy
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from email.utils import formatdate, parsedate_to_datetime
+from encodings.aliases import aliases
 from enum import Enum
 from functools import cache, lru_cache, partial
-from itertools import islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urlsplit
@@ -94,6 +94,7 @@ import aiohttp
 import aiosqlite
 import limits.errors
 import pydantic_core
+import stamina
 from dotenv import dotenv_values
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -210,9 +211,18 @@ def check_database(database: str) -> str:
     return database
 
 
+def check_moment(moment: datetime) -> datetime:
+    """The moment; in UTC if it names no zone. Raises ValueError if it is still to come."""
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if moment > datetime.now(UTC):
+        raise ValueError("still to come: an answer could never be new enough")
+    return moment
+
+
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 NoneOrSeconds = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
+Moment = Annotated[datetime, AfterValidator(check_moment)]
 Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
 Origins = Annotated[str, AfterValidator(check_origins)]
@@ -240,6 +250,7 @@ class Settings(BaseSettings):
     ttl: Seconds = 30 * 86400  # a decoded VIN stays fresh for this long: vPIC's data change with its releases
     invalid_ttl: Seconds = 86400  # an undecodable one: its manufacturer may register tomorrow
     grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, then vPIC is asked again
+    fresh_since: Moment | None = None  # what vPIC said before counts as just expired: its data changed, or were wrong
     keep_expired: Seconds = 30 * 86400  # an expired row is kept for this long, for outages of vPIC; then it is deleted
     attributes: bool = True  # store all that vPIC says, for details=true: some 1.3 kB a VIN
     busy_timeout: Seconds = 2  # a write waits this long for a locked file; then the answer is sent but not stored
@@ -346,9 +357,20 @@ def read_settings() -> Settings:
 # Words: what comes in and what goes out, each declared once. A raw VIN is used nowhere but here; a `Vin` is normal.
 # ======================================================================================================================
 
-# The characters that spreadsheets, telematics and copying leave around a value: blanks, ASCII's and no-break ones, NUL,
-# zero-width characters and the byte order mark, which is one of them.
-EDGES = " \t\n\v\f\r\0\u00a0\u200b\u200c\u200d\u2060\ufeff"
+# The characters that spreadsheets, telematics and copying leave around a value: all of Unicode's controls (Cc), formats
+# (Cf), which are invisible, and blanks (Zs). Their numbers stand here, because a search for them would slow the start.
+EDGE_RANGES = (
+    "0-20 7f-a0 ad 600-605 61c 6dd 70f 890-891 8e2 1680 180e 2000-200f 202a-202f 205f-2064 2066-206f 3000 feff"
+    " fff9-fffb 110bd 110cd 13430-1343f 1bca0-1bca3 1d173-1d17a e0001 e0020-e007f"
+)
+EDGES = "".join(
+    chr(code)
+    for first, _, last in (numbers.partition("-") for numbers in EDGE_RANGES.split())
+    for code in range(int(first, 16), int(last or first, 16) + 1)
+)
+
+# Quotes around a value, and the forms in which spreadsheets keep a number as text: ="..." and '...
+WRAPPED = re.compile(r"=?\"(.+)\"|'(.+?)'?", re.DOTALL)
 
 UTC_TIME = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -359,22 +381,28 @@ def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime(UTC_TIME)
 
 
+def bare(given: str) -> str:
+    """The value without the characters, the quotes and the text form of a spreadsheet that may stand around it."""
+    value = given.strip(EDGES)
+    if wrapped := WRAPPED.fullmatch(value):
+        value = wrapped[wrapped.lastindex or 0].strip(EDGES)
+    return value
+
+
+NOT_IN_VIN = re.compile("[^0-9A-Za-z]")
+
+
 def normalize_vin(given: str) -> str:
-    """`given` in capitals, without the characters that may stand around a VIN. Raises unless 17 ASCII letters and
-    digits are left: the error says what is wrong inside, without an echo of it, and nothing is repaired."""
-    vin = given.strip(EDGES)
-    if len(vin) != 17:
-        hint = ""
-        if len(vin) == 18 and vin[0] in "Ii":
-            hint = ": the I in front may be a barcode label's, not the VIN's"
-        elif vin.endswith("*"):
-            hint = ": the * at the end is not the VIN's"
-        raise pydantic_core.PydanticCustomError("vin", f"{len(vin):,} characters, not 17{hint}")
-    if not (vin.isascii() and vin.isalnum()):
-        place = next(place for place, char in enumerate(vin) if not (char.isascii() and char.isalnum()))
+    """`given` in capitals, without what may stand around a VIN. Raises unless 17 ASCII letters and digits are left: the
+    error names the first other character, because people don't see it, else the length. Nothing is repaired."""
+    vin = bare(given)
+    if wrong := NOT_IN_VIN.search(vin):
         raise pydantic_core.PydanticCustomError(
-            "vin", f"character {place + 1} is U+{ord(vin[place]):04X}, not A-Z or 0-9"
+            "vin", f"character {wrong.start() + 1:,} is U+{ord(wrong[0]):04X}, not A-Z or 0-9"
         )
+    if len(vin) != 17:
+        hint = ": the I in front may be a barcode label's, not the VIN's" if len(vin) == 18 and vin[0] in "Ii" else ""
+        raise pydantic_core.PydanticCustomError("vin", f"{len(vin):,} characters, not 17{hint}")
     return vin.upper()
 
 
@@ -385,27 +413,36 @@ def last_model_year() -> int:
     return datetime.now(UTC).year + 2  # model years run ahead of the calendar
 
 
+# A model year that is not given, as spreadsheets, databases and pandas write it.
+NO_YEAR = r"-|-?0+(\.0+)?|#?[Nn]/?[Aa]|[Nn][Aa][Nn]|[Nn][Uu][Ll][Ll]|[Nn][Oo][Nn][Ee]"
+YEAR = re.compile(rf"({NO_YEAR})?|(?P<year>[0-9]{{4}})(\.0+)?")
+
+
 def normalize_model_year(given: object) -> str:
-    """The year as four digits, or "" if none is given. Raises unless a vehicle of today may have it."""
-    if given == "":
-        return ""
+    """The year as four digits, or "" if none is given, of whatever type: a list, CSV and a query have only text. Raises
+    unless a vehicle of today may have it."""
     last = last_model_year()
-    if isinstance(given, float) and given.is_integer():  # in JSON, 1994.0 is an integer
-        given = int(given)
-    year = str(given).strip(EDGES) if isinstance(given, str | int) and not isinstance(given, bool) else "?"
-    if year and not (re.fullmatch("[0-9]{4}", year) and 1980 <= int(year) <= last):
+    text = bare(str(given)) if isinstance(given, str | int | float | None) and not isinstance(given, bool) else "?"
+    found = YEAR.fullmatch(text)
+    year = found and found["year"]
+    if not found or (year and not 1980 <= int(year) <= last):
         raise pydantic_core.PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
-    return year
+    return year or ""
 
 
 EXAMPLE = "1XPWD40X1ED215307"
 
 
-def vin_pattern(edges: Iterable[str]) -> str:
-    """A VIN with any of these characters around it, as the schema has it."""
-    edge = "".join(f"\\u{ord(char):04x}" for char in edges)
-    return f"^[{edge}]*[0-9A-Za-z]{{17}}[{edge}]*$"
+def bare_pattern(value: str, edges: str = EDGES) -> str:
+    """This pattern with any of these characters around it, as the schema has it: without those beyond U+FFFF, because
+    not all languages have patterns for them."""
+    runs = groupby(enumerate(edges), lambda numbered: ord(numbered[1]) - numbered[0])
+    ends = [(run[0][1], run[-1][1]) for run in ([*run] for _, run in runs)]
+    edge = "".join(f"\\u{ord(first):04x}-\\u{ord(last):04x}" for first, last in ends if last <= "\uffff")
+    return f"^[{edge}]*({value})[{edge}]*$"
 
+
+VIN_PATTERN = "[0-9A-Za-z]{17}"
 
 Vin = Annotated[
     str,
@@ -413,33 +450,40 @@ Vin = Annotated[
     WithJsonSchema(
         {
             "type": "string",
-            "description": "17 ASCII letters and digits; case is folded, blanks and invisible characters around it go",
+            "description": "17 ASCII letters and digits; case is folded, and what spreadsheets leave around it goes:"
+            " blanks, invisible characters, quotes",
             # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
-            "anyOf": [{"type": "string", "pattern": vin_pattern(EDGES)}],
+            "anyOf": [{"type": "string", "pattern": bare_pattern(VIN_PATTERN)}],
             "example": EXAMPLE,  # `examples` would not fill the field there
         }
     ),
 ]
 
 
-def describe_model_year(**kinds: dict[str, Any]) -> WithJsonSchema:
-    """The schema of a model year, with the limits of each kind of JSON value. It is no enumeration of years, because a
-    client that is generated from one would age."""
+def describe_model_year(*kinds: dict[str, Any]) -> WithJsonSchema:
+    """The schema of a model year that is of one of these kinds. It is no enumeration of years, because a client that is
+    generated from one would age."""
     return WithJsonSchema(
         {
-            "anyOf": [{"type": kind} | limits for kind, limits in kinds.items()],
-            "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years",
+            "anyOf": [*kinds, {"type": "null"}],
+            "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years."
+            " null, 0, - and NA are none",
             "examples": ["1994"],
         }
     )
 
 
 LAST_YEAR = last_model_year()
-YEARS = f"^(19[89][0-9]|20[0-{LAST_YEAR // 10 % 10 - 1}][0-9]|20{LAST_YEAR // 10 % 10}[0-{LAST_YEAR % 10}])?$"
+LAST_DECADE, LAST_DIGIT = divmod(LAST_YEAR - 2000, 10)
+YEARS = rf"19[89][0-9]|20[0-{LAST_DECADE - 1}][0-9]|20{LAST_DECADE}[0-{LAST_DIGIT}]"
 ModelYear = Annotated[
     str,
     BeforeValidator(normalize_model_year),
-    describe_model_year(string={"pattern": YEARS}, integer={"minimum": 1980, "maximum": LAST_YEAR}),
+    describe_model_year(
+        {"type": "string", "pattern": bare_pattern(rf"({NO_YEAR}|({YEARS})(\.0+)?)?")},
+        {"type": "integer", "minimum": 1980, "maximum": LAST_YEAR},
+        {"type": "integer", "minimum": 0, "maximum": 0},
+    ),
 ]
 
 CLEAN = "0 - VIN decoded clean. Check Digit (9th position) is correct"
@@ -509,7 +553,9 @@ class BatchItem(Body):
     """A row of a batch of JSON. The VIN and the year are checked later, because a bad one spoils only its own line."""
 
     vin: str
-    model_year: Annotated[str | StrictInt | StrictFloat, describe_model_year(string={}, number={})] = ""
+    model_year: Annotated[
+        str | StrictInt | StrictFloat | None, describe_model_year({"type": "string"}, {"type": "number"})
+    ] = ""
 
 
 # With the discriminator pydantic says what is wrong with an object, and not that it is no string.
@@ -829,6 +875,7 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
 # ======================================================================================================================
 
 log = logging.getLogger("vincache")
+VERSION = "1.0.0"  # of this service; the metrics and each export have it
 
 # Without the OpenTelemetry SDK these do nothing.
 meter = metrics.get_meter("vincache")
@@ -838,7 +885,15 @@ BOUNDARIES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 create_histogram = partial(meter.create_histogram, unit="s", explicit_bucket_boundaries_advisory=BOUNDARIES_S)
 vpic_duration = create_histogram("vincache.vpic.duration", description="Duration of calls to vPIC, by outcome")
 store_duration = create_histogram("vincache.store.duration", description="Duration of statements, by store and outcome")
+export_duration = create_histogram("vincache.export.duration", description="Duration of building exports, by outcome")
+waiting_gauge = meter.create_gauge("vincache.lookups.waiting", description="Lookups that wait for a call to vPIC")
+calls_gauge = meter.create_gauge("vincache.vpic.calls", description="Calls to vPIC under way")
+# These three are counted by the process that sweeps, when it does.
+rows_gauge = meter.create_gauge("vincache.rows", description="Rows in the cache")
+expired_gauge = meter.create_gauge("vincache.rows.expired", description="Of these, rows that have expired")
+size_gauge = meter.create_gauge("vincache.size", unit="By", description="Size of the database")
 unconfirmed_gauge = meter.create_gauge("vincache.unconfirmed", description="Rows decoded offline, not by vPIC yet")
+build_gauge = meter.create_gauge("vincache.build_info", description="1, with the versions that run")
 breaker_gauge = meter.create_gauge("vincache.vpic.breaker", description="0: vPIC is asked; 1: it is left alone")
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -920,16 +975,17 @@ async def open_metrics(wanted: bool) -> AsyncIterator[Any]:
         yield None
         return
     try:
+        import prometheus_client
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from opentelemetry.sdk.metrics import MeterProvider
-        from prometheus_client import CollectorRegistry
     except ImportError:
         why = "VINCACHE_METRICS is true but opentelemetry-exporter-prometheus is not installed"
         raise StartupError(f"bad settings: {why}") from None
     if not isinstance(metrics.get_meter_provider(), MeterProvider):  # if FastAPI sends OTLP, it has set one
         metrics.set_meter_provider(MeterProvider())
     provider = cast(MeterProvider, metrics.get_meter_provider())
-    registry = CollectorRegistry()
+    registry = prometheus_client.CollectorRegistry()
+    prometheus_client.ProcessCollector(registry=registry)
     reader = PrometheusMetricReader(registry=registry)
     provider.add_metric_reader(reader)
     try:
@@ -1196,9 +1252,13 @@ FIELDS_SQL = (
 )
 STATUS = "iif(decoded, 200, 404)"
 DETAIL = f"iif(decoded, '', '{UNDECODABLE}')"
+# When a row expires. What vPIC said before `:fresh_since` expires now, unless it expires within `:stale_ttl` anyway. So
+# a row that was claimed, or that vPIC failed for, is left alone for `:stale_ttl`.
+EXPIRES_AT = """iif(source = 'vpic' AND fetched_at < :fresh_since AND expires_at > :now + :stale_ttl + 1,
+  CAST(:now AS INTEGER), expires_at)"""
 # A row from vPIC is also served during the grace. An offline row is served until vPIC's answer replaces it.
-OUTCOME = "iif(expires_at > :now OR source = 'offline', 'hit', 'stale')"
-SERVED = "expires_at > :now - :grace OR source = 'offline'"
+OUTCOME = f"iif({EXPIRES_AT} > :now OR source = 'offline', 'hit', 'stale')"
+SERVED = f"{EXPIRES_AT} > :now - :grace OR source = 'offline'"
 
 
 def json_object(fields: dict[str, str]) -> str:
@@ -1221,7 +1281,7 @@ def find_cached(columns: str, details: bool) -> str:
 def answer_columns(details: bool) -> str:
     more = {"attributes": "json(attributes)"} if details else {}
     body, error = json_object(FIELDS_SQL | more), json_object(FIELDS_SQL | {"detail": f"'{UNDECODABLE}'"} | more)
-    fresh_until = "iif(source = 'vpic', expires_at, 0)"  # 0: vPIC's answer may replace an offline row at any time
+    fresh_until = f"iif(source = 'vpic', {EXPIRES_AT}, 0)"  # 0: vPIC's answer may replace an offline row at any time
     return f"{STATUS}, CASE WHEN decoded THEN {body} ELSE {error} END, {OUTCOME}, fetched_at, {fresh_until}"
 
 
@@ -1241,8 +1301,8 @@ LINES = {
 }
 
 RECORDS = f"""
-SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS)}, attributes
-FROM json_each(?) AS asked
+SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS[:-1])}, {EXPIRES_AT}, attributes
+FROM json_each(:questions) AS asked
 LEFT JOIN removals ON removals.vin = substr(asked.value, 1, 17)
 LEFT JOIN vehicles
   ON vehicles.vin = substr(asked.value, 1, 17) AND vehicles.model_year_asked = substr(asked.value, 19)
@@ -1271,31 +1331,30 @@ WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {le
 # was served is refreshed. Before a process asks vPIC for such rows, it claims them: it selects them and sets a later
 # `expires_at`, so that no other process asks for them too, and nobody asks too often if vPIC does not answer.
 UNCONFIRMED = "SELECT count(*), count(*) FILTER (WHERE expires_at <= ?) FROM vehicles WHERE source = 'offline'"
-# REPLACE, because rqlite returns no rows of an UPDATE that has a subquery.
-CLAIM_UNCONFIRMED = f"""
-REPLACE INTO vehicles ({", ".join(COLUMNS)})
-SELECT {", ".join("?" if column == "expires_at" else column for column in COLUMNS)}
-FROM vehicles WHERE source = 'offline' AND expires_at <= ? ORDER BY expires_at LIMIT ?
-RETURNING vin, model_year_asked
-"""  # noqa: S608 - our own column names
 
 
-def claim_rows(count: int) -> str:
-    """The statement that claims so many rows in their grace. Its parameters are the new `expires_at`, the VINs, each
-    VIN and its model year with a comma between them, and the time."""
-    # No json_each, because rqlite then returns no rows. The first condition finds the rows by the primary key.
-    several = ", ".join("?" * count)
+def claim(rows: str) -> str:
+    """The statement that claims these rows until `:until`, and returns their questions."""
+    # REPLACE, because rqlite returns no rows of an UPDATE that has a subquery.
     return f"""
-    UPDATE vehicles SET expires_at = ?
-    WHERE vin IN ({several}) AND vin || ',' || model_year_asked IN ({several}) AND source = 'vpic' AND expires_at <= ?
+    REPLACE INTO vehicles ({", ".join(COLUMNS)})
+    SELECT {", ".join(":until" if column == "expires_at" else column for column in COLUMNS)} FROM {rows}
     RETURNING vin, model_year_asked
-    """  # noqa: S608 - as above
+    """  # noqa: S608 - our own column names
 
 
-EXTEND = """
-UPDATE vehicles SET expires_at = max(expires_at, ?)
-WHERE (vin, model_year_asked) IN (SELECT substr(value, 1, 17), substr(value, 19) FROM json_each(?))
-"""
+CLAIM_UNCONFIRMED = claim("vehicles WHERE source = 'offline' AND expires_at <= :now ORDER BY expires_at LIMIT :most")
+
+
+def claim_expired(count: int) -> str:
+    """The statement that claims, of the rows of the questions `:q0`, `:q1` and so on, those that have expired."""
+    names = [f":q{index}" for index in range(count)]
+    vins = ", ".join(f"substr({name}, 1, 17)" for name in names)
+    # No json_each, because rqlite then returns no rows. The first condition finds the rows by the primary key.
+    return claim(f"""vehicles
+    WHERE vin IN ({vins}) AND rtrim(vin || ',' || model_year_asked, ',') IN ({", ".join(names)})
+      AND source = 'vpic' AND {EXPIRES_AT} <= :now""")
+
 
 # `removed_at` grows with each removal of a VIN, whatever the clocks of several machines say, and also if the statement
 # is carried out twice. So a call to vPIC that began before a removal always finds another value than it read.
@@ -1321,11 +1380,13 @@ RETURNING work
 """
 EXTEND_SWEEP = "UPDATE leases SET leased_until = ? WHERE work = 'sweep'"
 
-# Of the next 1,000 rows after a VIN: the last VIN, and how many rows expired before a time.
-COUNT_EXPIRED = """
-SELECT max(vin), count(*) FILTER (WHERE expires_at < ?)
+# Of the next 1,000 rows after a VIN: the last VIN, the number of rows, and how many of them expired before each of two
+# times.
+COUNT_ROWS = """
+SELECT max(vin), count(*), count(*) FILTER (WHERE expires_at < ?), count(*) FILTER (WHERE expires_at < ?)
 FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
 """
+SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 DELETE_EXPIRED = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
 
 # Writes more than a page, so that it fails if the file is locked or read-only, or the disk is full.
@@ -1338,7 +1399,8 @@ PROBE = "INSERT OR REPLACE INTO attributes (vin, model_year_asked, attributes) V
 # ======================================================================================================================
 
 Rows = list[tuple[Any, ...]]
-Statement = tuple[str, Sequence[Any]]  # SQL, and its parameters
+Parameters = Sequence[Any] | dict[str, Any]  # by position or by name
+Statement = tuple[str, Parameters]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
@@ -1360,7 +1422,7 @@ class Store(Protocol):
         await self._writes.finish()
         await self._resources.aclose()
 
-    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+    async def read(self, statement: str, parameters: Parameters) -> Rows:
         """The rows, with all writes before. Raises StoreFault."""
 
     async def write(self, *statements: Statement, settle: bool = False) -> Rows:
@@ -1692,7 +1754,7 @@ class FileStore(Store):
             with suppress(StoreFault):  # the next write raises it again
                 await self._current()
 
-    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+    async def read(self, statement: str, parameters: Parameters) -> Rows:
         while True:
             if self._replacing.locked():  # another task is opening a file: wait for it
                 async with self._replacing:
@@ -1938,13 +2000,12 @@ class ClusterStore(Store):
                 self._lacking.add(right)
                 log.warning("the user of the cluster lacks the right %s: %s", right, consequence)
 
-    async def read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
-        given = [parameters] if isinstance(parameters, dict) else parameters
-        [rows], _ = await self._ask_if_open("query?level=weak", [[statement, *given]])
+    async def read(self, statement: str, parameters: Parameters) -> Rows:
+        [rows], _ = await self._ask_if_open("query?level=weak", as_json_lists([(statement, parameters)]))
         return rows
 
     async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
-        given = [[statement, *parameters] for statement, parameters in statements]
+        given = as_json_lists(statements)
         [*_, rows], again = await self._ask_if_open("execute?transaction", given)
         if settle:
             await self._ask_if_open("query?level=strong", [[CLOCK]])
@@ -2050,6 +2111,14 @@ class ClusterStore(Store):
                 raise StoreFault(why)
 
 
+def as_json_lists(statements: Iterable[Statement]) -> list[list[Any]]:
+    """The statements in rqlite's form."""
+    return [
+        [statement, parameters] if isinstance(parameters, dict) else [statement, *parameters]
+        for statement, parameters in statements
+    ]
+
+
 def statements(script: str) -> Iterator[str]:
     """Its statements one by one; a trigger is one, whatever semicolons are in it."""
     statement = ""
@@ -2079,12 +2148,15 @@ WRITE_TIMEOUT_S = 60  # after which nobody waits for a write any longer, because
 MERGE_MAX = 16
 
 
+CLAIM_MOST = 500  # rows in a statement, because SQLite takes 32,766 parameters
+
+
 class Cache:
     """The rows in the store."""
 
-    def __init__(self, store: Store, grace: float) -> None:
+    def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
-        self._grace = grace  # seconds after its `expires_at` for which a row from vPIC is served
+        self._settings = settings
         self._reading, self._writing = [
             Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
             for done in ("read", "written")
@@ -2099,7 +2171,7 @@ class Cache:
         self._checking: asyncio.Task[str] | None = None  # the last check
         self._checked_at = -math.inf  # when the last check ended (monotonic)
 
-    async def _read(self, statement: str, parameters: Sequence[Any] | dict[str, Any]) -> Rows:
+    async def _read(self, statement: str, parameters: Parameters) -> Rows:
         try:
             return await self._wait_for(self._store.read(statement, parameters), READ_TIMEOUT_S, self._reading)
         except StoreFault:
@@ -2161,13 +2233,21 @@ class Cache:
         return {question: (outcome, line if form.is_csv else line[0]) for question, outcome, *line in rows}
 
     async def _cached(self, statement: str, questions: Sequence[Question]) -> Rows:
-        return await self._read(
-            statement, {"questions": json.dumps(questions), "now": time.time(), "grace": self._grace}
-        )
+        return await self._read(statement, self._parameters(questions) | {"grace": self._settings.grace})
+
+    def _parameters(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """What EXPIRES_AT needs, and the questions."""
+        since = self._settings.fresh_since
+        return {
+            "questions": json.dumps(questions),
+            "now": time.time(),
+            "fresh_since": since.timestamp() if since else 0,
+            "stale_ttl": self._settings.stale_ttl,
+        }
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
         """The rows of these questions, fresh or not; and of all questions the last removal of the VIN."""
-        rows = await self._read(RECORDS, (json.dumps(questions),))
+        rows = await self._read(RECORDS, self._parameters(questions))
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
@@ -2177,35 +2257,33 @@ class Cache:
         with suppress(CacheUnavailable):  # `_write` has logged it
             await self._write((STORE, (rows,)))
 
-    async def extend(self, questions: Sequence[Question], expires_at: int) -> None:
-        """Move the end of these rows to `expires_at` (unix seconds)."""
-        with suppress(CacheUnavailable):
-            await self._write((EXTEND, (expires_at, json.dumps(questions))))
-
-    async def claim_unconfirmed(self, most: int, seconds: float) -> list[Question]:
-        """The questions of up to `most` unconfirmed rows, the oldest first. No process claims them again for so many
-        seconds."""
+    async def claim_unconfirmed(self, most: int) -> list[Question]:
+        """The questions of up to `most` unconfirmed rows, the oldest first. No process claims them again for
+        `offline_ttl`."""
         now = time.time()
         if not (counted := await self._read(UNCONFIRMED, (now,))):
             return []
         [(self.unconfirmed, due)] = counted
         unconfirmed_gauge.set(self.unconfirmed)
-        rows: Rows = []
-        if due:
-            with suppress(CacheUnavailable):
-                rows = await self._write((CLAIM_UNCONFIRMED, (math.ceil(now + seconds), now, most)))
-        return [ask(vin, model_year) for vin, model_year in rows]
+        if not due:
+            return []
+        return await self._claim(CLAIM_UNCONFIRMED, {"now": now, "most": most}, now + self._settings.offline_ttl)
 
-    async def claim_stale(self, questions: Sequence[Question], seconds: float) -> list[Question]:
-        """Of these questions those whose row has expired. No process claims them again for so many seconds."""
-        now = time.time()
-        vins = [vin_of(question) for question in questions]
-        keys = [f"{vin_of(question)},{model_year_of(question)}" for question in questions]
-        claim = claim_rows(len(questions)), (math.ceil(now + seconds), *vins, *keys, now)
+    async def claim_expired(self, questions: Sequence[Question]) -> list[Question]:
+        """Of these questions those whose row from vPIC has expired. It counts as fresh for `stale_ttl`, so that no
+        process claims it again."""
+        claimed: list[Question] = []
+        for some in (questions[start : start + CLAIM_MOST] for start in range(0, len(questions), CLAIM_MOST)):
+            parameters = self._parameters(some) | {f"q{index}": question for index, question in enumerate(some)}
+            until = parameters["now"] + self._settings.stale_ttl
+            claimed += await self._claim(claim_expired(len(some)), parameters, until)
+        return claimed
+
+    async def _claim(self, statement: str, parameters: dict[str, Any], until: float) -> list[Question]:
+        rows: Rows = []
         with suppress(CacheUnavailable):
-            rows = await self._write(claim)
-            return [ask(vin, model_year) for vin, model_year in rows]
-        return []
+            rows = await self._write((statement, parameters | {"until": math.ceil(until)}))
+        return [ask(vin, model_year) for vin, model_year in rows]
 
     async def remove(self, vin: str) -> bool:
         """Remove the rows of a VIN, and prevent calls under way from storing one. Returns whether there was a row.
@@ -2235,16 +2313,24 @@ class Cache:
         now = min(clock, time.time())  # the store's clock may be wrong too
         last, cutoff = "", now - keep_expired
         began = extended = time.monotonic()
-        while (counted := await self._read(COUNT_EXPIRED, (cutoff, last))) and counted[0][0] is not None:
-            [(upto, expired)] = counted
-            if expired:
+        rows = expired = 0
+        while (counted := await self._read(COUNT_ROWS, (now, cutoff, last))) and counted[0][0] is not None:
+            [(upto, more_rows, more_expired, deletable)] = counted
+            if deletable:
                 await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
+            rows += more_rows - deletable
+            expired += more_expired - deletable
             last = upto
             await asyncio.sleep(0.05)  # for lookups
             if time.monotonic() - extended > period / 2:  # a large table takes longer than the lease
                 extended = time.monotonic()
                 await self._write((EXTEND_SWEEP, (math.ceil(clock + extended - began + period),)))
         await self._write((FORGET_REMOVALS, (int(now - REMOVALS_KEPT_S) * 10**9,)))
+        if counted:  # no read has failed
+            rows_gauge.set(rows)
+            expired_gauge.set(expired)
+        for [size] in await self._read(SIZE, ()):
+            size_gauge.set(size)
 
     async def _clock(self) -> int | None:
         """The store's clock (unix seconds), or None if it can't be read. Deletions use it, because the clock of one of
@@ -2508,19 +2594,30 @@ class Vpic:
             seconds = deadline - asyncio.get_running_loop().time()
             await self._keep_to_rate(math.inf)
             deadline = asyncio.get_running_loop().time() + seconds
-        attempt = 0
-        while True:
-            attempt += 1
-            if not patient or attempt > 1:
-                await self._keep_to_rate(deadline)
-            try:
+        async for attempt in stamina.retry_context(
+            on=lambda error: self._wait_before_retry(error, deadline),
+            attempts=3,
+            timeout=None,
+            wait_initial=0.2,
+            wait_jitter=0.3,
+            wait_max=1,
+        ):
+            with attempt:
+                if not patient or attempt.num > 1:
+                    await self._keep_to_rate(deadline)
                 with self.breaker.watch_call(questions):
                     return await self._logged_call(questions, deadline)
-            except VpicUnavailable as error:
-                left, wait = deadline - asyncio.get_running_loop().time(), error.retry_after
-                if not error.failure.try_again or attempt == 3 or left <= (1 if wait is None else wait):
-                    raise
-            await asyncio.sleep(0.2 * attempt + random.uniform(0, 0.3) if wait is None else max(0.05, wait))  # noqa: S311
+        raise AssertionError  # the loop returns or raises
+
+    @staticmethod
+    def _wait_before_retry(error: Exception, deadline: float) -> bool | float:
+        """False if a failed call is not repeated, True if it is after stamina's wait, or the seconds until then."""
+        if not isinstance(error, VpicUnavailable) or not error.failure.try_again:
+            return False
+        left = deadline - asyncio.get_running_loop().time()
+        if error.retry_after is None:
+            return left > 1  # stamina's longest wait
+        return error.retry_after < left and max(0.05, error.retry_after)
 
     async def _keep_to_rate(self, deadline: float) -> None:
         while True:
@@ -2611,6 +2708,7 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
     if not settings.vpic_url:
         log.warning("VINCACHE_VPIC_URL is empty: VINs are decoded offline")
     url = urlsplit(settings.vpic_url)
+    stamina.instrumentation.set_on_retry_hooks([])  # because `_logged_call` logs each failed call
     async with aiohttp.ClientSession(
         headers={"User-Agent": "vincache/1.0"},
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own deadline
@@ -2643,9 +2741,12 @@ def offline_month() -> str:
     return str(ultravin.provenance()["data_month"]).replace("_", "-")
 
 
-async def log_offline_month() -> None:
-    """Log how old the offline data is. This runs beside the start, because the import takes 30 ms."""
-    if month := await asyncio.to_thread(offline_month):
+async def note_versions() -> None:
+    """Log how old the offline data is, and give the metrics the versions that run. This runs beside the start, because
+    the import takes 30 ms."""
+    month = await asyncio.to_thread(offline_month)
+    build_gauge.set(1, {"version": VERSION, "sqlite": sqlite3.sqlite_version, "offline_data": month})
+    if month:
         age = datetime.now(UTC) - datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
         level = logging.WARNING if age.days > OFFLINE_DAYS else logging.INFO
         log.log(level, "offline data: of %s, %d days old", month, age.days)
@@ -3076,10 +3177,14 @@ class Lookups:
             self._start(self._answer_without_vpic(impatient, None, is_final=False))
         if overdue:
             self._start(self._answer_without_vpic(overdue, None))
-        refusal = self._vpic.refusal()
-        if refusal:
+        if refusal := self._vpic.refusal():
             self._refuse(refusal)
-            return
+        else:
+            self._start_calls()
+        waiting_gauge.set(len(self._scheduler.lookups))
+        calls_gauge.set(self._scheduler.places - self._scheduler.free_places)
+
+    def _start_calls(self) -> None:
         # A call that probes vPIC has one ticket, because the others would wait for vPIC in vain if it still fails.
         for call in self._scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
             task = self._start(self._call_vpic(call))
@@ -3176,7 +3281,7 @@ class Lookups:
         refreshes = {ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue)}
         if not refreshes:
             return tickets
-        for question in await self._cache.claim_stale([*refreshes], self._settings.stale_ttl):
+        for question in await self._cache.claim_expired([*refreshes]):
             refreshes.pop(question)
         skipped = {ticket for ticket in refreshes.values() if ticket.is_only_in(queue)}  # else a lookup has joined it
         for ticket in skipped:
@@ -3263,7 +3368,7 @@ class Lookups:
         questions: list[Question] = []
         most = VPIC_VINS if self._vpic.breaker.closed else 1
         try:
-            questions = await self._cache.claim_unconfirmed(most, self._settings.offline_ttl)
+            questions = await self._cache.claim_unconfirmed(most)
         finally:
             self._claiming = False
             self._claim_at = asyncio.get_running_loop().time() + (0 if questions else CONFIRM_S)
@@ -3325,15 +3430,15 @@ class Lookups:
     async def _store_without_vpic(
         self, found: dict[Question, Found], removals: dict[Question, int | None], is_final: bool
     ) -> None:
-        """Store the rows that were decoded offline. If vPIC is not asked behind, extend stale rows by `stale_ttl`, so
-        that it is not asked again at once. Else the call behind would find a fresh row, and not ask."""
+        """Store the rows that were decoded offline. If vPIC is not asked behind, claim stale rows, so that it is not
+        asked again at once. Else the call behind would find a fresh row, and not ask."""
         offline = [(new.record, removals.get(q)) for q, new in found.items() if new.outcome == "offline"]
         if offline:
             await self._store(offline)
             self._claim_at = 0  # because these rows are unconfirmed
             self._wake()
         if is_final and (stale := [question for question, old in found.items() if old.outcome == "stale"]):
-            await self._cache.extend(stale, math.ceil(time.time() + self._settings.stale_ttl))
+            await self._cache.claim_expired(stale)
 
     # -- Batches -------------------------------------------------------------------------------------------------------
 
@@ -3463,7 +3568,8 @@ def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
 # ======================================================================================================================
 # Fleet: a file of VINs as people keep it, a list or a spreadsheet's CSV, and its answer, as JSON Lines or as CSV. An
 # upload is received whole and read through once before it is answered, because clients write all before they read, and
-# because a fault in a file is then a 422. Uploads are read by threads of their own, which hold up no lookup.
+# because a fault in a file is then a 422. `Head` alone decides what is in a file, by its first lines. Uploads are read
+# by threads of their own, which hold up no lookup.
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
@@ -3479,21 +3585,39 @@ LINE_COST = 31  # characters that each line counts for besides its own, because 
 PAUSE_S = 1e-5  # 0 would not do: the thread would have Python's lock again before another one has woken up
 POLL_S = 0.2  # from one look to the next whether the client of a file that is being read has left
 
-SEND = f"{SEND_JSON}, or a file as it is: text/plain with one VIN a line, or text/csv with a column named vin"
 EATEN = "one VIN a line; with curl use --data-binary, not -d"
+SEND_NO_FORM = "Send the file itself, not in a form: with curl --data-binary @fleet.csv, not -F"
 
-# What the letters of a column's name may be; of several columns the first counts.
-VIN_NAMES = {"vin", "vinnumber", "vinno", "vinnr", "vehicleidentificationnumber"}
-YEAR_NAMES = {"modelyear", "year"}
+FIRST_LINES = 20  # of a file, in which the names of its columns are looked for
+FIRST_CHARACTERS = 2**15  # of these lines, not counting the last one
 
 SEPARATOR_LINE = re.compile(r"sep=(\t|[^\w\s\"])[\r\n]*")  # Excel's own, before the names
-LIST_LINE = re.compile(r"([^,;\t]*\d[^,;\t]*|[A-Za-z]{17})(,[^,;\t]*)?")  # no name of a column has a digit
-VIN_LIKE = re.compile(r"(?=[A-Za-z]*\d)[0-9A-Za-z]{17}")
+VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]*\d){3})(?=\d*[A-Za-z])[0-9A-Za-z]{17}")  # no word, no time in digits
+HAS_VIN = re.compile(rf"(?<![^\W_]){VIN_LIKE.pattern}(?![^\W_])")
 
-BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+# The first that fits counts.
+BYTE_ORDER_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+# Without a byte order mark, by which of four bytes are most often NUL, because most of a file is ASCII.
+WIDE_ENCODINGS: dict[tuple[bool, ...], str] = {
+    (False, True, False, True): "utf-16-le",
+    (True, False, True, False): "utf-16-be",
+    (False, True, True, True): "utf-32-le",
+    (True, True, True, False): "utf-32-be",
+}
+HEAD_BYTES = 4096  # by which the encoding is told
+
+CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^\s;\"']+)", re.I)
+NO_CHARSET = re.compile("ascii|mbcs|rot_13|tactis|.*_codec")  # of Python's encodings
+
 # What JSON begins with, but no file; and a form, which clients make of an object if they are not told to send JSON.
 UNTYPED_JSON = re.compile(r"\{|\[(?!\w)|vins?=", re.I)  # [VIN] is a column of SQL Server's
-PACKED = (b"\x1f\x8b", b"PK\3\4")  # gzip; zip, which a workbook is too
+PACKED = (b"\x1f\x8b", b"PK\3\4", b"\xd0\xcf\x11\xe0")  # gzip; zip, which a workbook is too; an older workbook
 
 FORMULA = re.compile("\0[=+@\t\r-]")  # a spreadsheet runs a value that begins so; a NUL stands before each value
 
@@ -3501,6 +3625,22 @@ FORMULA = re.compile("\0[=+@\t\r-]")  # a spreadsheet runs a value that begins s
 def is_json(content_type: str) -> bool:
     """Whether FastAPI takes a body for JSON."""
     return re.fullmatch(r"application/([^/;\s]+\+)?json", media_type(content_type)) is not None
+
+
+def named_encoding(content_type: str) -> str:
+    """The encoding that a content type names: empty if it names none, or ASCII, which other characters contradict.
+
+    Raises a 415 if it is not known."""
+    named = CHARSET.search(content_type)
+    name = re.sub("[^a-z0-9]+", "_", named[1].lower()) if named else "ascii"
+    name = aliases.get(name, name)
+    if name == "ascii":
+        return ""
+    # Not by codecs.lookup at once, because Python remembers every name for which it has looked in vain.
+    if not named or name not in aliases.values() or NO_CHARSET.fullmatch(name):
+        raise HTTPException(415, f"The charset {ascii(named[1][:40]) if named else ''} is not known; send UTF-8.")
+    encoding = codecs.lookup(name).name
+    return "cp1252" if encoding == "iso8859-1" else encoding  # browsers do so too, because its € is never an accident
 
 
 def media_type(header: str) -> str:
@@ -3518,15 +3658,237 @@ async def in_upload_thread(work: Callable[..., Result], *given: Any) -> Result:
     return await asyncio.get_running_loop().run_in_executor(upload_threads, work, *given)
 
 
+def list_row(line: str) -> Row:
+    """The row of a line of a list, which is CSV where it has quotes. A comma too many at its end is nothing."""
+    line = line.rstrip("\r\n")
+    if '"' in line:
+        vin, *others = next(csv.reader([line]))
+        model_year = ",".join(others)
+    else:
+        vin, _, model_year = line.partition(",")
+    return Row(vin, model_year.rstrip(", ") if model_year else "")
+
+
+def is_vin(text: str) -> bool:
+    with suppress(pydantic_core.PydanticCustomError):
+        return normalize_vin(text) != ""
+    return False
+
+
+def is_list_line(line: str) -> bool:
+    """Whether a line of a list, and of nothing else, looks like this: a VIN, and at most a model year."""
+    row = list_row(line)
+    with suppress(pydantic_core.PydanticCustomError):
+        normalize_model_year(row.model_year)
+        return is_vin(row.vin)
+    return False
+
+
+def letters(name: str) -> str:
+    """The letters and digits of a column's name."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+VIN_NAME = re.compile("(vin|vehicleidentification)(number|num|no|nr)")
+# The word VIN, also as a part of vehicleVin and VINCode, but not of Vinyl.
+VIN_WORD = re.compile(r"(?:(?<![A-Za-z])|(?<=[a-z])(?=V))(?:VIN[Ss]?|[Vv]ins?)(?:(?![A-Za-z])|(?=[A-Z][a-z]))")
+
+# What the name of a column may be, the best first.
+Ranks = Sequence[Callable[[str], object]]
+VIN_RANKS: Ranks = (
+    lambda name: letters(name) == "vin",
+    lambda name: VIN_NAME.fullmatch(letters(name)),
+    lambda name: VIN_WORD.search(name) or "vehicleidentification" in letters(name),
+)
+YEAR_RANKS: Ranks = (lambda name: letters(name) == "modelyear", lambda name: letters(name) == "year")
+
+
+def best_columns(names: Sequence[str], ranks: Ranks) -> tuple[int, list[int]]:
+    """The best rank that a name has, and the columns that have it."""
+    for rank, is_named in enumerate(ranks):
+        if columns := [index for index, name in enumerate(names) if is_named(name)]:
+            return rank, columns
+    return len(ranks), []
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(ascii(name[:40]) for name in names)
+
+
 class Layout(NamedTuple):
     """How a CSV file is laid out."""
 
     separator: str
-    before: str  # the line before the names, if there is one
-    names: str  # the line of the names as it came
+    before: str  # what stands above the names
+    names: str  # the line of the names as it came, or their numbers from 1 where there are none
+    first: int  # how many lines stand before the first row
     columns: int
     vin: int  # the index of its column
     model_year: int | None  # the index of its column, if there is one
+
+
+class Names(NamedTuple):
+    """A row that may be the names of the columns."""
+
+    rank: int  # of the name of the column of VINs
+    line: int  # the index of its first line
+    after: int  # the index of the line after it
+    separator: str
+    values: list[str]
+    vins: list[int]  # the indexes of the columns that may have the VINs
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The least is the best one: by its rank, then by how many names it has, because a title has fewer."""
+        return self.rank, -sum(1 for value in self.values if value.strip(EDGES))
+
+
+class Head:
+    """The first lines of a file, by which its layout is found: here alone it is decided what is in a file."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        # The separators that the file may have.
+        self._separators = ",;\t"
+        # How many lines stand before those that are looked at: Excel's line, and blank ones, of which there may be
+        # millions; and the text of the first of them.
+        self._skipped, self._above = 0, ""
+        # The lines that are looked at.
+        self.lines: list[str] = []
+        first = self._skip_blank(lines)
+        if found := SEPARATOR_LINE.fullmatch(first):
+            self._separators = found[1]
+            self._above, self._skipped = self._above + first, self._skipped + 1
+            first = self._skip_blank(lines) or first
+        for line in chain([first] if first else [], lines):
+            self.lines.append(line)
+            if len(self.lines) == FIRST_LINES or sum(map(len, self.lines)) > FIRST_CHARACTERS:
+                break
+        # The index of the first line that has a VIN, or the number of lines.
+        self._vin_line = next((i for i, line in enumerate(self.lines) if HAS_VIN.search(line)), len(self.lines))
+
+    def _skip_blank(self, lines: Iterator[str]) -> str:
+        """The first line that is not blank, or an empty string."""
+        for line in lines:
+            if line.strip(EDGES):
+                return line
+            self._skipped += 1
+            if self._skipped <= FIRST_LINES:
+                self._above += line
+        return ""
+
+    def find_layout(self, column: str) -> Layout | None:
+        """The layout of the file, or None for a list. The column of the VINs may be named, or have its number from 1.
+
+        Raises a 422 unless the file is one or the other."""
+        if re.fullmatch("[1-9][0-9]{0,4}", column):
+            return self._layout_by_number(int(column) - 1)
+        first = self.lines[0]
+        if len(self.lines) == 1 and first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
+            raise self._invalid(0, EATEN)
+        if names := self._find_names(column):
+            return self._layout(names)
+        telling = next((line for line in self.lines if HAS_VIN.search(line) or is_list_line(line)), "")
+        if column or not is_list_line(telling):
+            raise self._refusal(column)
+        return None
+
+    def _row(self, line: int, separator: str) -> tuple[list[str], int]:
+        """The values of the row that begins in this line, and the index of the line after it."""
+        reader = csv.reader(self.lines[line:], delimiter=separator, strict=True)
+        try:
+            return next(reader, []), line + reader.line_num
+        except csv.Error:
+            return [], line + 1
+
+    def _find_names(self, column: str) -> Names | None:
+        """The best row of names, of all separators. It stands above the first VIN, or has the name that is given."""
+        ranks: Ranks = VIN_RANKS
+        if column:
+            ranks = (
+                lambda name: name.strip(EDGES) == column.strip(EDGES),
+                lambda name: letters(name) == (letters(column) or None),
+            )
+        found: list[Names] = []
+        for line in range(len(self.lines) if column else self._vin_line):
+            for separator in self._separators:
+                values, after = self._row(line, separator)
+                rank, vins = best_columns(values, ranks)
+                names = Names(rank, line, after, separator, values, vins)
+                if vins and (rank < len(ranks) - 1 or column or self._has_vin_below(names)):
+                    found.append(names)
+        return min(found, key=lambda names: names.order, default=None)
+
+    def _has_vin_below(self, names: Names) -> bool:
+        """Whether one of the columns has the first VIN, or all below is blank: titles and notes have the word, too."""
+        values = self._row(self._vin_line, names.separator)[0]
+        is_last = not "".join(self.lines[names.after :]).strip(EDGES)
+        return is_last or any(is_vin(values[index]) for index in names.vins if index < len(values))
+
+    def _layout_by_number(self, vin: int) -> Layout:
+        """The layout where the column of the VINs has this index. The line above the first of them has the names, if
+        it has a name there; else there are none."""
+        sheets = {
+            separator: [self._row(i, separator) for i in range(len(self.lines))] for separator in self._separators
+        }
+        cells = {key: [row[vin] if vin < len(row) else "" for row, _ in rows] for key, rows in sheets.items()}
+        widths = {separator: max(len(row) for row, _ in rows) for separator, rows in sheets.items()}
+        separator = max(self._separators, key=lambda key: (any(map(is_vin, cells[key])), widths[key]))
+        width = widths[separator]
+        if vin >= width:
+            raise invalid("columns", ("query", "vin_column"), f"The first lines have {width} columns at most")
+        at = next((index for index, cell in enumerate(cells[separator]) if is_vin(cell)), 1) - 1
+        name = cells[separator][at] if at >= 0 else ""
+        if best_columns([name], VIN_RANKS)[1] or (letters(name) and not re.search(r"\d", name)):
+            values, after = sheets[separator][at]
+            return self._layout(Names(0, at, after, separator, values, [vin]))
+        numbers = separator.join(map(str, range(1, width + 1)))
+        return Layout(separator, line_ends(self._above), numbers, self._skipped, width, vin, None)
+
+    def _layout(self, names: Names) -> Layout:
+        """The layout by this row of names. Raises a 422 if two columns are equally good, or a name has a NUL."""
+        values = names.values
+        if any("\0" in name for name in values):
+            raise self._invalid(names.line, "a NUL in the name of a column; is the file in UTF-16?")
+        _, years = best_columns(values, YEAR_RANKS)
+        if len(names.vins) > 1:
+            told = quoted(values[index] for index in names.vins)
+            numbers = " or ".join(f"vin_column={index + 1}" for index in names.vins)
+            raise self._invalid(names.line, f"each of the columns {told} may have the VINs; say which: {numbers}")
+        if len(years) > 1:
+            told = quoted(values[index] for index in years)
+            raise self._invalid(names.line, f"each of the columns {told} may have the model years; rename one")
+        return Layout(
+            names.separator,
+            line_ends(self._above + "".join(self.lines[: names.line])),
+            "".join(self.lines[names.line : names.after]).rstrip("\r\n"),
+            self._skipped + names.after,
+            len(values),
+            names.vins[0],
+            years[0] if years else None,
+        )
+
+    def _refusal(self, column: str) -> RequestValidationError:
+        """The 422 for a file of which it is not known where its VINs are. It says no value that may be a VIN."""
+        if column:
+            told = "No column has the name that vin_column gives"
+        elif self._vin_line == 0:
+            told = "The file has no line of names, and is no list of one VIN a line"
+        else:
+            told = "No column is named vin, and no line is a VIN alone"
+        names = max((self._row(0, separator)[0] for separator in self._separators), key=len)
+        if len(names) > 1 and not re.search(r"\d", self.lines[0]):
+            told += f"; the first line names {quoted(names[:10])}"
+        hint = "vin_column= tells the column of the VINs, by its name or by its number from 1"
+        return invalid("columns", ("query", "vin_column") if column else ("body",), f"{told}; {hint}")
+
+    def _invalid(self, line: int, what: str) -> RequestValidationError:
+        number = self._skipped + line + 1
+        return invalid("line", ("body", number), f"Line {number:,}: {what}")
+
+
+def line_ends(text: str) -> str:
+    """The text with the line ends that all of an answer has."""
+    return re.sub(r"\r\n?|\n", "\r\n", text)
 
 
 class Fleet:
@@ -3534,17 +3896,19 @@ class Fleet:
 
     If the file is closed while a thread reads it, the thread ends with a ValueError."""
 
-    def __init__(self, file: BinaryIO, encoding: str, kind: str) -> None:
-        self.marked = encoding in BYTE_ORDER_MARKS.values()
+    def __init__(self, file: BinaryIO, encoding: str, kind: str, vin_column: str = "") -> None:
+        self.marked = encoding != "utf-8"  # for Excel, which takes text without a mark for Windows-1252
+        self._encoding = encoding
         # A byte that is no text becomes a lone surrogate here, which `_lines` finds in its line.
-        errors = "surrogatepass" if encoding == "utf-16" else "surrogateescape"
+        errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
         if kind != CSV:
             self._refuse_json()
         self._number = 0  # of the line that was read last
         self._left = STEP_CHARACTERS  # until the next pause
         with upload_lock:
-            self.layout = self._find_layout(kind)  # None: a list, one VIN a line
+            head = Head(self._lines(ROW_CHARACTERS))
+            self.layout = head.find_layout(vin_column) if head.lines else None  # None: a list, one VIN a line
             self.form = CSV if self.layout or kind == CSV else JSONL  # in which it is answered
             self.count = sum(1 for _ in self.rows())
 
@@ -3560,59 +3924,29 @@ class Fleet:
         if layout is None:
             for line in self._lines(LIST_CHARACTERS):
                 if line.strip(EDGES):
-                    vin, _, model_year = line.rstrip("\r\n").partition(",")
-                    yield Row(vin, model_year)
+                    yield list_row(line)
             return
-        for came, values in islice(self._sheet(layout.separator), 2 if layout.before else 1, None):
-            if len(values) > layout.columns:
-                raise self._invalid(f"{len(values)} columns, but only {layout.columns} have names")
-            missing = layout.columns - len(values)
-            came += layout.separator * missing
-            values += [""] * missing
+        for came, values in self._sheet(layout):
+            if len(values) != layout.columns:
+                came = self._fit(came, values, layout)
             model_year = "" if layout.model_year is None else values[layout.model_year]
-            # pandas writes a column of years that has gaps as 1994.0
-            yield Row(values[layout.vin], model_year.removesuffix(".0"), came)
+            yield Row(values[layout.vin], model_year, came)
 
-    def _find_layout(self, kind: str) -> Layout | None:
-        """The layout, by the first line and by what the file is said to be."""
-        first = next((line for line in self._lines(ROW_CHARACTERS) if line.strip(EDGES)), None)
-        if first is None:
-            return None
-        if first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
-            raise self._invalid(EATEN)
-        separator_line = SEPARATOR_LINE.fullmatch(first)
-        before = first if separator_line else ""
-        layouts: list[Layout] = []
-        columns: list[str] = []
-        fault: RequestValidationError | None = None
-        for separator in separator_line[1] if separator_line else ",;\t":
-            try:
-                names, values = next(islice(self._sheet(separator), 1 if before else 0, None), ("", []))
-            except RequestValidationError as error:
-                fault = error
-                continue
-            columns = max(columns, values, key=len)
-            letters = [re.sub("[^a-z]", "", name.lower()) for name in values]
-            vins = [index for index, name in enumerate(letters) if name in VIN_NAMES]
-            years = [index for index, name in enumerate(letters) if name in YEAR_NAMES]
-            if vins:
-                layouts.append(Layout(separator, before, names, len(values), vins[0], years[0] if years else None))
-        if layouts:
-            return max(layouts, key=lambda layout: layout.columns)
-        if kind == TEXT or (kind != CSV and LIST_LINE.fullmatch(first.strip(EDGES))):
-            return None
-        if fault and not columns:
-            raise fault
-        listed = ", ".join(ascii(name[:40]) for name in columns[:10]) + (", ..." if len(columns) > 10 else "")
-        raise invalid("columns", ("body",), f"No column is named vin; the first line names {listed or 'none'}")
+    def _fit(self, came: str, values: list[str], layout: Layout) -> str:
+        """The text of a row with as many values as there are columns; empty ones too many at its end are nothing."""
+        missing = layout.columns - len(values)
+        if any(value.strip(EDGES) for value in values[layout.columns :]):
+            raise self._invalid(f"{len(values)} columns, but only {layout.columns} have names")
+        values += [""] * missing
+        return came + layout.separator * missing if missing > 0 else came.rsplit(layout.separator, -missing)[0]
 
-    def _sheet(self, separator: str) -> Iterator[tuple[str, list[str]]]:
+    def _sheet(self, layout: Layout) -> Iterator[tuple[str, list[str]]]:
         """The rows of a CSV file: the text as it came, without the line end, and the values."""
         parts: list[str] = []  # the lines of a row: a line break in quotes does not end it
 
         def lines() -> Iterator[str]:
             size = 0
-            for line in self._lines(ROW_CHARACTERS):
+            for line in islice(self._lines(ROW_CHARACTERS), layout.first, None):
                 size = size + len(line) if parts else len(line)
                 parts.append(line)
                 if size > ROW_CHARACTERS:
@@ -3622,7 +3956,7 @@ class Fleet:
                 yield line
 
         try:
-            for values in csv.reader(lines(), delimiter=separator, strict=True):
+            for values in csv.reader(lines(), delimiter=layout.separator, strict=True):
                 if values:
                     yield "".join(parts).rstrip("\r\n"), values
                 parts.clear()
@@ -3641,7 +3975,8 @@ class Fleet:
                 line.encode()
             except UnicodeError:
                 self._number += 1
-                raise self._invalid("it is no text in UTF-8, UTF-16 or Windows-1252") from None
+                tried = "UTF-8, UTF-16 or Windows-1252" if self._encoding == "cp1252" else self._encoding.upper()
+                raise self._invalid(f"it is no text in {tried}") from None
             if not line:
                 return
             self._number += 1
@@ -3668,21 +4003,27 @@ class Fleet:
 
 @asynccontextmanager
 async def receive_file(
-    pieces: AsyncIterator[bytes], has_left: Callable[[], Awaitable[bool]], folder: Path, kind: str
+    pieces: AsyncIterator[bytes],
+    has_left: Callable[[], Awaitable[bool]],
+    folder: Path,
+    content_type: str,
+    vin_column: str,
 ) -> AsyncIterator[Fleet]:
     """Receive a file and read it through. The file has no name, and is gone at the end, whatever happens.
 
     Raises a 503 if it can't be kept, a 415 if it is compressed, a 422, and ClientDisconnect."""
+    named, kind = named_encoding(content_type), media_type(content_type)
     file: BinaryIO | None = None
     try:
         try:
             file = cast(BinaryIO, await in_upload_thread(partial(tempfile.TemporaryFile, dir=folder)))
-            encoding = await receive_pieces(pieces, file)
+            encoding = await receive_pieces(pieces, file, named)
         except OSError as error:
             log.warning("upload failed: %s", error)
-            sentence = f"The file cannot be kept ({reason(error)}); send it again later."
-            raise HTTPException(503, sentence, ask_again(60)) from None
-        opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind))
+            raise HTTPException(
+                503, f"The file cannot be kept ({reason(error)}); send it again later.", ask_again(60)
+            ) from None
+        opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind, vin_column))
         try:
             while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
                 if await has_left():
@@ -3696,21 +4037,30 @@ async def receive_file(
                 file.close()
 
 
-async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO) -> str:
-    """Write the file, and return its encoding. Raises a 415 if it is compressed, and OSError."""
-    utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), "utf-8"
+async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO, named: str) -> str:
+    """Write the file, and return its encoding: by its byte order mark, else the one that is named, else by its bytes.
+
+    Raises a 415 if it is compressed, and OSError."""
+    utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), named or "utf-8"
     async for piece in pieces:  # the last one is empty
         await in_upload_thread(file.write, piece)
-        if encoding == "utf-8":
+        if encoding == "utf-8" and not named:
             try:
                 utf_8.decode(piece, final=not piece)
             except UnicodeDecodeError:
                 encoding = "cp1252"
     await in_upload_thread(file.seek, 0)
-    head = file.read(4)
+    head = file.read(HEAD_BYTES)
     if head.startswith(PACKED):
-        raise HTTPException(415, "The file is compressed; send it unpacked, of a workbook the sheet as CSV.")
-    return next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
+        raise HTTPException(
+            415, "The file is a workbook or compressed; send it unpacked, of a workbook the sheet as CSV."
+        )
+    if marked := next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), ""):
+        return marked
+    nuls = tuple(head[place::4].count(0) * 16 > len(head) for place in range(4))  # at a quarter of these places
+    if named not in ("", "utf-16", "utf-32"):
+        return named
+    return WIDE_ENCODINGS.get(nuls, encoding)
 
 
 async def in_windows(
@@ -3758,7 +4108,7 @@ async def as_csv(
     out.seek(0, io.SEEK_END)
     writer = csv.writer(out, delimiter=separator)
     if layout and layout.before:
-        out.write(f"sep={separator}\r\n")
+        out.write(layout.before)
     out.write((layout.names if layout else "vin,model_year") + separator)
     writer.writerow(f"decoded_{name}" for name in form.names)
     yield out.getvalue().encode()
@@ -3781,7 +4131,6 @@ async def as_csv(
 # lies where uploads do. All exports together leave half of the disk's room to the database.
 # ======================================================================================================================
 
-VERSION = "1.0.0"  # of this service; each export has it in its footer
 
 EXPORT_TIMEOUT_S = 30  # from one batch of rows to the next, some tenths of a second later: a silent process hangs
 SNAPSHOT_FRESH_S = 60  # the greatest age of a snapshot with which a client begins to read by pieces
@@ -4004,8 +4353,10 @@ class Exporter:
     async def _build(self, snapshot: Snapshot) -> None:
         async with self._writing:
             del self._queued[snapshot.kind]
+            started, outcome = time.perf_counter(), "failed"
             try:
                 await self._write(snapshot)
+                outcome = "ok"
             except (OSError, EOFError, NotImplementedError, StoreFault) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
                 self._kept = [other for other in self._kept if other is not snapshot]
@@ -4021,6 +4372,8 @@ class Exporter:
                     sentence = "The user of the cluster lacks the right to back up: there is no export."
                     raise HTTPException(503, sentence) from None
                 raise HTTPException(503, "The export could not be built; ask again.", ask_again(5)) from None
+            finally:
+                export_duration.record(time.perf_counter() - started, {"outcome": outcome})
 
     async def _write(self, snapshot: Snapshot) -> None:
         """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
@@ -4216,10 +4569,10 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
             Rates(settings.rate_storage, settings.vpic_rate, settings.nodes) as rates,
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
-            Lookups(cache := Cache(store, settings.grace), vpic, settings) as lookups,
+            Lookups(cache := Cache(store, settings), vpic, settings) as lookups,
             Exporter(store, settings.upload_folder) as exporter,
             background(cache.sweep(settings.keep_expired)),
-            background(log_offline_month()),
+            background(note_versions()),
         ):
             access = Access(settings, rates)
             # The garbage collector never looks through the objects of the start again, and seldom through new ones.
@@ -4268,7 +4621,9 @@ class TaggedRoute(APIRoute):
         self.allowed = {*(self.methods or ())}  # its methods
         if "GET" in self.allowed:
             self.allowed.add("HEAD")
-        self._parameters = [field.alias for field in self.dependant.query_params]  # the names of those in the query
+        # The names of its query parameters, and of those of what it depends on.
+        dependants = [self.dependant, *self.dependant.dependencies]
+        self._parameters = [field.alias for dependant in dependants for field in dependant.query_params]
 
     def serves(self, scope: Scope) -> bool:
         """Whether this route, of all with the same path, is for the request."""
@@ -4465,7 +4820,7 @@ ERRORS: Responses = {
     400: error("The body can't be read", "There was an error parsing the body"),
     404: error("A path with a control character in it", "Not Found"),
     413: error("The body is too large", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."),
-    415: error("The body is compressed", "The body is compressed; send it as it is."),
+    415: error("The body is compressed, or its charset is not known", "The body is compressed; send it as it is."),
     422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"},
     503: error("Not possible now; Retry-After says when", CANNOT_WRITE),
 }
@@ -4597,6 +4952,9 @@ PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re
 
 Compression = Annotated[Literal["zstd", "snappy", "none"], Query(description="snappy is larger; all readers know it")]
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
+VinColumn = Annotated[
+    str, Query(description="Of a CSV file the column that has the VINs: its name, or its number from 1")
+]
 
 
 LOOKUP_ROUTE: dict[str, Any] = {"tags": ["lookup"], "summary": "Decode a VIN", "response_model": Vehicle}
@@ -4637,14 +4995,14 @@ class FileRoute(TaggedRoute):
     takes_files = True
 
 
-async def received_file(request: Request) -> AsyncIterator[Fleet]:
+async def received_file(request: Request, vin_column: VinColumn = "") -> AsyncIterator[Fleet]:
     """The file that is sent, for as long as its answer takes."""
-    kind = media_type(request.headers.get("content-type", ""))
-    if kind not in (TEXT, CSV, "", "application/octet-stream", "application/x-www-form-urlencoded"):
-        raise invalid("content_type", ("body",), SEND)
+    content_type = request.headers.get("content-type", "")
+    if media_type(content_type).startswith("multipart/"):
+        raise invalid("content_type", ("body",), SEND_NO_FORM)
     try:
         folder = request.state.settings.upload_folder
-        async with receive_file(request.stream(), request.is_disconnected, folder, kind) as fleet:
+        async with receive_file(request.stream(), request.is_disconnected, folder, content_type, vin_column) as fleet:
             yield fleet
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None
@@ -4691,8 +5049,12 @@ async def answer_batch(
         csv=f"unit,vin,model year\r\n7,{EXAMPLE},\r\n8,4ENGAAA85R1000007,1994\r\n",
     ),
 )
-async def lookup_batch(body: BatchBody, request: Request, details: Details = False) -> StreamingResponse:
-    """Decode many VINs. Lines stream as soon as each is known; a bad VIN spoils only its own."""
+async def lookup_batch(
+    body: BatchBody, request: Request, details: Details = False, vin_column: VinColumn = ""
+) -> StreamingResponse:
+    """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
+    if vin_column:
+        raise invalid("vin_column", ("query", "vin_column"), "JSON has no columns; vin_column is for a file")
     limit = request.state.settings.batch_limit
     if len(body.vins) > limit:
         raise invalid("too_long", ("body", "vins"), f"At most {limit} VINs at a time")
@@ -4798,7 +5160,7 @@ def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
             # /docs shows a description only if it stands here, not in the schema of the parameter.
             parameter.setdefault("description", parameter["schema"].get("description", ""))
             if parameter["in"] == "path":  # a path with a control character is a 404
-                pattern = vin_pattern(CONTROL.sub("", EDGES))
+                pattern = bare_pattern(VIN_PATTERN, CONTROL.sub("", EDGES))
                 parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
         if tag not in access.open_tags:
             operation["security"] = [{name: []} for name in KEY_SCHEMES]
