@@ -1409,7 +1409,7 @@ class StoreFault(Exception):
 
 
 class Store(Protocol):
-    """Carries statements out. Use it as `async with`. Raises StartupError then, if that can never work."""
+    """Carries statements out. Use it as `async with`, which raises StartupError for a database that never serves."""
 
     name: str
     _writes: Tasks  # they go on when their callers leave
@@ -1434,7 +1434,7 @@ class Store(Protocol):
         return await self._writes.run(self._write(statements, settle))
 
     async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
-        """As `write`, but it ends when the caller leaves."""
+        """As `write`, but it is cancelled with its caller."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
         """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
@@ -2146,8 +2146,6 @@ WRITE_TIMEOUT_S = 60  # after which nobody waits for a write any longer, because
 # If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
 # begins at once, because turns are long then and the statement is large enough.
 MERGE_MAX = 16
-
-
 CLAIM_MOST = 500  # rows in a statement, because SQLite takes 32,766 parameters
 
 
@@ -2184,7 +2182,7 @@ class Cache:
             raise CacheUnavailable(503, CANNOT_WRITE, ask_again(5)) from fault
 
     async def _wait_for(self, rows: Awaitable[Rows], seconds: float, outage: Outage) -> Rows:
-        """The rows. Raises StoreFault, also if they do not come in time. The metrics and the log know of it."""
+        """The rows. Their duration goes to the metrics, an outage to the log. Raises StoreFault, also if late."""
         started, outcome = time.perf_counter(), "failed"
         try:
             async with asyncio.timeout(seconds):
