@@ -2239,7 +2239,7 @@ class Cache:
         return {
             "questions": json.dumps(questions),
             "now": time.time(),
-            "fresh_since": since.timestamp() if since else 0,
+            "fresh_since": int(since.timestamp()) if since else 0,  # as `fetched_at`
             "stale_ttl": self._settings.stale_ttl,
         }
 

@@ -4862,7 +4862,7 @@ def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
         )
     )
     def check(given: object) -> None:
-        with suppress(main.PydanticCustomError):
+        with suppress(main.pydantic_core.PydanticCustomError):
             assert main.normalize_model_year(given) in known
 
     check()
@@ -5301,7 +5301,7 @@ BAD_REPLIES = {
     "busy": (Reply(429, retry_after="2"), "vpic"),
     "down": (Reply(503, retry_after="60"), "vpic"),
 }
-VPIC_WEATHERS = ["well", *BAD_REPLIES, "hanging", "unreachable", "buggy"]
+VPIC_WEATHERS = ["well", *BAD_REPLIES, "hanging", "unreachable"]
 
 
 class SimulatedVpic:
@@ -5314,6 +5314,7 @@ class SimulatedVpic:
         self.choking: set[str] = set()  # VINs that fail every call that they are in
         self.choking_by = "broken"
         self.missing: set[str] = set()  # VINs that no answer describes
+        self.next_dies = False  # the next call meets a bug
         self.calls: list[Source] = []
         self.under_way: list[Source] = []
         self.service_ended = False
@@ -5324,7 +5325,7 @@ class SimulatedVpic:
 
     @property
     def is_well(self) -> bool:
-        return self.weather == "well" and self.seconds < 1 and not self.choking and not self.missing
+        return self.weather == "well" and self.seconds < 1 and not (self.choking or self.missing or self.next_dies)
 
     def rate_reached_since(self, moment: float) -> bool:
         """Whether at any time since then there were as many calls in a minute as may be."""
@@ -5343,16 +5344,17 @@ class SimulatedVpic:
         self._check(call, len(questions))
         self.calls.append(call)
         self.under_way.append(call)
-        weather = self.weather
+        weather, dies, self.next_dies = self.weather, self.next_dies, False
         try:
+            if dies:
+                self._simulation.mark_trouble()
+                raise PlayedBug
             await asyncio.sleep(1e6 if weather == "hanging" else self.seconds * (0.7 + 0.6 * self._chance.random()))
             if weather == "unreachable":
                 call.outcome = "vpic"
                 address = cast(Any, SimpleNamespace(host="vpic", port=443, ssl=True))
                 refused = aiohttp.ClientConnectorError(address, ConnectionRefusedError(111, "refused"))
                 raise aiohttp.ClientConnectionError("refused") from refused  # as `send_once` does
-            if weather == "buggy":
-                raise PlayedBug
             yield self._reply(call, weather)
         except asyncio.CancelledError:  # its deadline; one that was near at the beginning blames nobody
             if self._now() - call.began >= self._settings.vpic_timeout / 2:
@@ -5760,7 +5762,7 @@ class Simulation:
         """All is well for some minutes. Then nobody waits, nothing is left over, and what was ever asked is fresh."""
         self.mark_trouble()
         self.vpic.weather, self.vpic.seconds, self.store.weather, self.offline = "well", 0.1, "well", "answers"
-        self.vpic.choking, self.vpic.missing = set(), set()
+        self.vpic.choking, self.vpic.missing, self.vpic.next_dies = set(), set(), False
         self.sleep(5 * LAG)
         self._complain_of_leftovers()
         answers: list[Caller] = []
@@ -5924,6 +5926,11 @@ class Life(RuleBasedStateMachine):
     def change_vin(self, vin: str, kind: str) -> None:
         with self.changing() as simulation:
             getattr(simulation.vpic, kind).symmetric_difference_update({vin})
+
+    @rule()
+    def let_a_call_die(self) -> None:
+        with self.changing() as simulation:
+            simulation.vpic.next_dies = True
 
     @rule(weather=st.sampled_from(["well"] * 4 + STORE_WEATHERS))
     def change_store(self, weather: str) -> None:
