@@ -187,8 +187,7 @@ ClusterAddress = tuple[list[str], str, str]
 
 
 def find_cluster(database: str) -> ClusterAddress | None:
-    """The address in `rqlite://user:password@host:port,host:port`, or `rqlites://` for TLS; None for a path. Raises
-    ValueError for any other URL."""
+    """The address in a URL like `rqlite://user:password@db1:4001,db2:4001`; None for a path. Else raises ValueError."""
     scheme, is_url, rest = database.partition("://")
     if not is_url:
         return None
@@ -510,8 +509,7 @@ def model_year_of(question: Question) -> str:
 
 
 def refuse_unknown(given: Collection[str], known: Collection[str], what: str) -> None:
-    """Raises if a name is given that is not known, in one sentence however many: an answer must not look as if it had
-    honoured what it ignored."""
+    """Raises one error for all names that are not known, because an answer must not seem to honour what it ignores."""
     unknown = [name for name in given if name not in known]
     if unknown:
         named = ", ".join(ascii(name[:40]) + suggest_name(name, known) for name in unknown[:3])
@@ -568,8 +566,7 @@ Item = Annotated[
 
 
 def check_items(given: object) -> object:
-    """Raises one error for all elements that are neither strings nor objects: pydantic would make one of 2 kB for
-    each."""
+    """Raises one error for all elements of a wrong type, because pydantic would make one of 2 kB for each."""
     if isinstance(given, list):
         bad = [index for index, item in enumerate(given) if not isinstance(item, str | dict)]
         if bad:
@@ -931,8 +928,7 @@ class JsonLine(JsonFormatter):
 
 
 def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
-    """Give the log of uvicorn and of the service the same form. The lines of the service have no credentials, and no
-    VINs unless `log_vins` is true."""
+    """Give uvicorn's log and ours the same form. Our lines have no credentials, and no VINs unless `log_vins`."""
     formatter = JsonLine() if form == "json" else TextLine()
     ours = logging.StreamHandler()
     ours.setFormatter(formatter)
@@ -1006,10 +1002,8 @@ Result = TypeVar("Result")
 
 
 class Outage:
-    """The state of a thing that many callers use and that may fail for a while.
-
-    The log says once that the thing fails, and once that it works again. While it fails, one caller every `rest_s`
-    seconds may try it."""
+    """The state of a thing that many callers use and that may fail for a while. The log says once that it fails, and
+    once that it works again. While it fails, one caller every `rest_s` seconds may try it."""
 
     def __init__(self, begins: str, ends: str, rest_s: float = 0) -> None:
         self._begins = begins  # a line for the log, with %s for the reason
@@ -1167,8 +1161,7 @@ class Rates:
         window = FixedWindowRateLimiter(self._storage)
 
         async def take() -> float:
-            # First look, because a refused request must not count. Then the result of counting decides, because other
-            # requests may have taken the room since.
+            # Look first, because a refused request must not count; then others may have taken the room since.
             room = await window.test(limit, tag, client, cost=cost)
             if room and (not counts or await window.hit(limit, tag, client, cost=cost)):
                 return 0
@@ -1274,8 +1267,7 @@ def json_object(fields: dict[str, str]) -> str:
 
 
 def find_cached(columns: str, details: bool) -> str:
-    """The statement that selects the served rows of `:questions`. SQLite writes the JSON of an answer, because that is
-    faster than to write it in Python."""
+    """The statement that selects the served rows of `:questions`. SQLite writes JSON faster than Python would."""
     # CROSS JOIN, because SQLite then looks up each question and does not read the whole table.
     return f"""
     SELECT asked.value, {columns}
@@ -1412,12 +1404,12 @@ Statement = tuple[str, Parameters]  # SQL, and its parameters
 
 
 class StoreFault(Exception):
-    """A statement failed, though a cluster may have carried it out. The text is the reason. It has no path and no host,
+    """A statement failed, though a cluster may have carried it out. The text is the reason, without a path and a host,
     because /readyz shows it to anybody."""
 
 
 class Store(Protocol):
-    """Carries statements out. Use it as `async with`. Raises StartupError then, if that can never work."""
+    """Carries statements out. Use it as `async with`, which raises StartupError for a database that never serves."""
 
     name: str
     _writes: Tasks  # they go on when their callers leave
@@ -1442,7 +1434,7 @@ class Store(Protocol):
         return await self._writes.run(self._write(statements, settle))
 
     async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
-        """As `write`, but it ends when the caller leaves."""
+        """As `write`, but it is cancelled with its caller."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
         """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
@@ -1542,8 +1534,7 @@ async def only_process(folder: Path, seconds: float) -> AsyncIterator[None]:
 MOVED, REPLACED = "its file was moved or deleted", "another file was put in its place"
 EMPTIED = "its file was emptied"
 
-# The three files of a database. The service never opens them by itself, because SQLite loses its locks when a process
-# closes such a file.
+# The files of a database. Only SQLite opens them, because it loses its locks when its process closes such a file.
 PARTS = ("", "-wal", "-shm")
 Identity = tuple[int, int] | None
 
@@ -1780,8 +1771,7 @@ class FileStore(Store):
                     raise StoreFault(reason(error)) from error
 
     async def _write(self, statements: Sequence[Statement], _: bool) -> Rows:
-        """It returns within `busy_timeout`, which includes the wait for other transactions. What was written is
-        settled."""
+        """It returns within `busy_timeout`, the wait for other transactions included. What was written is settled."""
         deadline = asyncio.get_running_loop().time() + self._busy_timeout
         async with self._writing:
             for last in (False, True):
@@ -1934,8 +1924,7 @@ class ClusterStore(Store):
         log.info("cache opened: rqlite %s, %s", self._version or "of an unknown version", self._hosts)
 
     async def _watch(self) -> None:
-        """Each second, open the cluster if it is closed, else read something: so an election is noticed also while
-        nobody asks."""
+        """Each second, open the cluster if it is closed, else read, so that no election passes unnoticed."""
         while True:
             await asyncio.sleep(1)
             try:
@@ -2157,8 +2146,6 @@ WRITE_TIMEOUT_S = 60  # after which nobody waits for a write any longer, because
 # If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
 # begins at once, because turns are long then and the statement is large enough.
 MERGE_MAX = 16
-
-
 CLAIM_MOST = 500  # rows in a statement, because SQLite takes 32,766 parameters
 
 
@@ -2195,7 +2182,7 @@ class Cache:
             raise CacheUnavailable(503, CANNOT_WRITE, ask_again(5)) from fault
 
     async def _wait_for(self, rows: Awaitable[Rows], seconds: float, outage: Outage) -> Rows:
-        """The rows. Raises StoreFault, also if they do not come in time. The metrics and the log know of it."""
+        """The rows. Their duration goes to the metrics, an outage to the log. Raises StoreFault, also if late."""
         started, outcome = time.perf_counter(), "failed"
         try:
             async with asyncio.timeout(seconds):
@@ -2379,8 +2366,7 @@ class Cache:
 # with its retries, its deadline and its rate. For vPIC's form see https://vpic.nhtsa.dot.gov/api/.
 # ======================================================================================================================
 
-# By the name of a column, the key in vPIC's answer. A result without one of these keys is unusable. The others become
-# attributes.
+# By the name of a column, the key in vPIC's answer. A result needs all of these; its other keys become attributes.
 VPIC_KEYS = {
     "vin": "VIN",
     "make": "Make",
@@ -2765,8 +2751,7 @@ async def note_versions() -> None:
 
 
 def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
-    """Decode without vPIC, in some 0.1 ms a VIN. The result lacks what ultravin fails to decode, and is empty if it is
-    not installed."""
+    """Decode without vPIC. The result lacks what ultravin fails to decode, and is empty if it is not installed."""
     found: dict[Question, Words] = {}
     try:
         import ultravin
@@ -4326,8 +4311,7 @@ class Exporter:
             self._kept = [snapshot for snapshot in self._kept if snapshot.readers or snapshot.used > end]
 
     def find(self, kind: ExportKind, client: str, headers: Headers) -> Snapshot | None:
-        """The snapshot for a request that is no plain GET, or None if it needs a new one. Raises a 412 if its If-Match
-        names no snapshot that is kept."""
+        """The snapshot for a request that is no plain GET; None for a new one. Raises a 412 if If-Match names none."""
         kept = [snapshot for snapshot in reversed(self._kept) if snapshot.kind == kind]
         named = [tag.strip() for name in ("if-match", "if-range") for tag in headers.get(name, "").split(",")]
         candidates = [snapshot for snapshot in kept if snapshot.etag in named]
@@ -4573,8 +4557,7 @@ def limit_body(scope: Scope, receive: Receive, most: int) -> Receive:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-    """Open the service, and yield what the routes find in `request.state`. Raises StartupError, whose sentence is then
-    the last line of the log."""
+    """Yield what the routes find in `request.state`. Raises StartupError; its sentence is the last line of the log."""
     try:
         settings = read_settings()
         if not settings.vpic_url and not offline_month():
@@ -4592,8 +4575,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
             background(note_versions()),
         ):
             access = Access(settings, rates)
-            # The objects of the start stay for good: the garbage collector does not look through them again, and looks
-            # through new ones less often.
+            # The garbage collector never looks through the objects of the start again, and seldom through new ones.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
             yield {
@@ -4997,8 +4979,7 @@ QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # .2, 0.2, 
 
 
 def accepted_form(accept: str, form: str) -> str:
-    """Of the forms of a batch that the header Accept names, the one with the highest q; of equal ones the first. `form`
-    if it names none: `*/*` is no name."""
+    """The form that Accept names with the highest q, of equals the first; `form` if it names none, like `*/*`."""
     best = 0.0
     for named in accept.split(","):
         quality = QUALITY.search(named)
