@@ -6176,11 +6176,10 @@ async def test_curl_sends_a_file_in_one_line(start: Start, tmp_path: Path) -> No
             process = await asyncio.create_subprocess_exec("curl", "-sS", *options, url, cwd=tmp_path, stdout=PIPE)
             return (await process.communicate())[0].decode()
 
-        assert [row["decoded_vin"] for row in sheet(await curl("--data-binary", "@fleet.csv"))] == [TRUCK, FIRE_ENGINE]
-        assert [json.loads(line)["status"] for line in (await curl("--data-binary", "@fleet.txt")).splitlines()] == [
-            200,
-            200,
-        ]
+        for way in (["--data-binary", "@fleet"], ["-X", "POST", "-T", "fleet"]):
+            rows, lines = sheet(await curl(*way[:-1], f"{way[-1]}.csv")), await curl(*way[:-1], f"{way[-1]}.txt")
+            assert [row["decoded_vin"] for row in rows] == [TRUCK, FIRE_ENGINE]
+            assert [json.loads(line)["status"] for line in lines.splitlines()] == [200, 200]
         assert main.EATEN in await curl("-d", "@fleet.csv")
         assert main.EATEN in await curl("-d", "@fleet.txt")
 
