@@ -4872,7 +4872,7 @@ def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
         )
     )
     def check(given: object) -> None:
-        with suppress(main.pydantic_core.PydanticCustomError):
+        with suppress(main.PydanticCustomError):
             assert main.normalize_model_year(given) in known
 
     check()
