@@ -1474,14 +1474,13 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
 
 async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic, tmp_path: Path) -> None:
     """Ours and FastAPI's, in Prometheus' form, behind the key; unless told, there is no such thing."""
-    process, without = launch(metrics=True, api_key="crown"), launch()
     fill(tmp_path / "cache.db", 2)
     sql(
         tmp_path / "cache.db",
         "UPDATE vehicles SET expires_at = unixepoch() - 100 WHERE vin = (SELECT max(vin) FROM vehicles)",
     )
     vpic.delay = 0.3
-    async with process.serving(vpic) as service:
+    async with launch(metrics=True, api_key="crown").serving(vpic) as service:
         for _ in range(2):
             await service.lookup(TRUCK)
         assert (await service.ask("GET", "/export", headers={"X-API-Key": "crown"}))[0] == 200
@@ -1514,7 +1513,7 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic, tmp_path
     assert 0.25 < quantile(told, "vincache_vpic_duration_seconds", 0.99) < 3
     assert 0 < quantile(told, "vincache_store_duration_seconds", 0.5) < 0.5
     assert 'http_route=""' not in told
-    async with without.serving(vpic) as service:
+    async with launch().serving(vpic) as service:
         assert (await service.get("/metrics"))[0] == 404
 
 
