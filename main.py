@@ -2293,12 +2293,11 @@ class Cache:
                 rows = await self._write((CLAIM_UNCONFIRMED, (math.ceil(now + seconds), now, most)))
         return [ask(vin, model_year) for vin, model_year in rows]
 
-    async def claim_stale(self, questions: Sequence[Question], seconds: float) -> list[Question]:
-        """Of these questions those whose row has expired. No process claims them again for so many seconds."""
-        now = time.time()
+    async def claim_stale(self, questions: Sequence[Question], expires_at: int) -> list[Question]:
+        """Of these questions those whose row has expired. No process claims them again before `expires_at`."""
         vins = [vin_of(question) for question in questions]
         keys = [f"{vin_of(question)},{model_year_of(question)}" for question in questions]
-        claim = claim_rows(len(questions)), (math.ceil(now + seconds), *vins, *keys, now)
+        claim = claim_rows(len(questions)), (expires_at, *vins, *keys, time.time())
         with suppress(CacheUnavailable):
             rows = await self._write(claim)
             return [ask(vin, model_year) for vin, model_year in rows]
@@ -2858,6 +2857,7 @@ class Ticket:
         self.found: Found | None = None  # vPIC's answer, while it is being stored
         self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
         self.failures = 0  # failed calls for which no other VIN can be the reason
+        self.claimed_until = 0  # the `expires_at` that the row has got by our claim (unix seconds); 0: none
 
     def is_only_in(self, queue: "Queue") -> bool:
         """Whether the ticket has waiters of this queue alone."""
@@ -3296,7 +3296,8 @@ class Lookups:
             ticket.removal = removals.get(ticket.question)
             ticket.removal_read.set()
             record = records.get(ticket.question)
-            if record and record.source == "vpic" and record.answers(now, ticket.details):
+            is_ours = record is not None and record.expires_at == ticket.claimed_until  # so it is not fresh in truth
+            if record and record.source == "vpic" and record.answers(now, ticket.details) and not is_ours:
                 self._end(ticket, Found(record, "hit"))
             else:
                 rest.append(ticket)
@@ -3305,11 +3306,14 @@ class Lookups:
     async def _skip_claimed(self, tickets: list[Ticket]) -> list[Ticket]:
         """End the refreshes that another process has claimed. Returns the other tickets."""
         queue = self._scheduler.refreshes
-        refreshes = {ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue)}
+        refreshes = {
+            ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue) and not ticket.claimed_until
+        }
         if not refreshes:
             return tickets
-        for question in await self._cache.claim_stale([*refreshes], self._settings.stale_ttl):
-            refreshes.pop(question)
+        expires_at = math.ceil(time.time() + self._settings.stale_ttl)
+        for question in await self._cache.claim_stale([*refreshes], expires_at):
+            refreshes.pop(question).claimed_until = expires_at
         skipped = {ticket for ticket in refreshes.values() if ticket.is_only_in(queue)}  # else a lookup has joined it
         for ticket in skipped:
             self._end(ticket)
