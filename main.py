@@ -2820,6 +2820,7 @@ class Ticket:
         self.found: Found | None = None  # vPIC's answer, while it is being stored
         self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
         self.failures = 0  # failed calls for which no other VIN can be the reason
+        self.is_claimed = False  # its row was claimed for it, and therefore counts as fresh although it is not
 
     def is_only_in(self, queue: "Queue") -> bool:
         """Whether the ticket has waiters of this queue alone."""
@@ -3262,20 +3263,22 @@ class Lookups:
             ticket.removal = removals.get(ticket.question)
             ticket.removal_read.set()
             record = records.get(ticket.question)
-            if record and record.source == "vpic" and record.answers(now, ticket.details):
-                self._end(ticket, Found(record, "hit"))
-            else:
+            if ticket.is_claimed or not record or record.source != "vpic" or not record.answers(now, ticket.details):
                 rest.append(ticket)
+            else:
+                self._end(ticket, Found(record, "hit"))
         return rest, records
 
     async def _skip_claimed(self, tickets: list[Ticket]) -> list[Ticket]:
         """End the refreshes that another process has claimed. Returns the other tickets."""
         queue = self._scheduler.refreshes
-        refreshes = {ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue)}
+        refreshes = {
+            ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue) and not ticket.is_claimed
+        }
         if not refreshes:
             return tickets
         for question in await self._cache.claim_expired([*refreshes]):
-            refreshes.pop(question)
+            refreshes.pop(question).is_claimed = True
         skipped = {ticket for ticket in refreshes.values() if ticket.is_only_in(queue)}  # else a lookup has joined it
         for ticket in skipped:
             self._end(ticket)
