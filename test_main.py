@@ -5178,6 +5178,7 @@ SMALL = {"WINDOW": 3, "AHEAD": 8, "VPIC_VINS": 4}
 
 TOLERANCE = 0.6  # seconds by which a lookup may end after VPIC_TIMEOUT
 PATIENCE = 4  # seconds after which the store gives up a statement that hangs, like CLUSTER_PATIENCE
+DOUBTFUL_S = 10  # after which a doubtful store carries out what it was asked, at the latest
 LAG = 120  # seconds for which a trouble of vPIC or the store may be felt after its end
 
 
@@ -5273,7 +5274,7 @@ class MemoryStore:
         if weather == "hanging":
             await asyncio.sleep(PATIENCE)
         if weather == "doubtful" and writes:
-            self._simulation.world.call_later(self._chance.choice([0, 0.1, 10]), self._execute, statements)
+            self._simulation.world.call_later(self._chance.choice([0, 0.1, DOUBTFUL_S]), self._execute, statements)
         if weather in ("hanging", "failing") or (weather == "doubtful" and writes):
             raise main.StoreFault("played")
         rows = self._execute(statements)
@@ -5723,10 +5724,14 @@ class Simulation:
         async def work() -> None:
             floor = len(self.sources)
             self.removed_at[vin] = math.inf
-            with suppress(main.CacheUnavailable):
+            try:
                 await self.cache.remove(vin)
                 self.floors[vin] = max(floor, self.floors.get(vin, 0))
-            self.removed_at[vin] = self.world.time()
+            except main.CacheUnavailable:  # a doubtful store may still carry it out
+                late = DOUBTFUL_S
+            else:
+                late = 0
+            self.removed_at[vin] = self.world.time() + late
 
         self.world.create_task(work())
 
