@@ -124,7 +124,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic import Tag as KindOf
+from pydantic import Tag as UnionTag
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
@@ -382,7 +382,7 @@ def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime(UTC_TIME)
 
 
-def bare(given: str) -> str:
+def unwrap(given: str) -> str:
     """The value without the characters, the quotes and the text form of a spreadsheet that may stand around it."""
     value = given.strip(EDGES)
     if wrapped := WRAPPED.fullmatch(value):
@@ -396,7 +396,7 @@ NOT_IN_VIN = re.compile("[^0-9A-Za-z]")
 def normalize_vin(given: str) -> str:
     """`given` in capitals, without what may stand around a VIN. Raises unless 17 ASCII letters and digits are left: the
     error names the first other character, because people don't see it, else the length. Nothing is repaired."""
-    vin = bare(given)
+    vin = unwrap(given)
     if wrong := NOT_IN_VIN.search(vin):
         raise PydanticCustomError("vin", f"character {wrong.start() + 1:,} is U+{ord(wrong[0]):04X}, not A-Z or 0-9")
     if len(vin) != 17:
@@ -421,7 +421,7 @@ def normalize_model_year(given: object) -> str:
     """The year as four digits, or "" if none is given, of whatever type: a list, CSV and a query have only text. Raises
     unless a vehicle of today may have it."""
     last = last_model_year()
-    text = bare(str(given)) if isinstance(given, str | int | float | None) and not isinstance(given, bool) else "?"
+    text = unwrap(str(given)) if isinstance(given, str | int | float | None) and not isinstance(given, bool) else "?"
     found = YEAR.fullmatch(text)
     year = found and found["year"]
     if not found or (year and not 1980 <= int(year) <= last):
@@ -432,7 +432,7 @@ def normalize_model_year(given: object) -> str:
 EXAMPLE = "1XPWD40X1ED215307"
 
 
-def bare_pattern(value: str, edges: str = EDGES) -> str:
+def wrapped_pattern(value: str, edges: str = EDGES) -> str:
     """This pattern with any of these characters around it, as the schema has it: without those beyond U+FFFF, because
     not all languages have patterns for them."""
     runs = groupby(enumerate(edges), lambda numbered: ord(numbered[1]) - numbered[0])
@@ -452,7 +452,7 @@ Vin = Annotated[
             "description": "17 ASCII letters and digits; case is folded, and what spreadsheets leave around it goes:"
             " blanks, invisible characters, quotes",
             # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
-            "anyOf": [{"type": "string", "pattern": bare_pattern(VIN_PATTERN)}],
+            "anyOf": [{"type": "string", "pattern": wrapped_pattern(VIN_PATTERN)}],
             "example": EXAMPLE,  # `examples` would not fill the field there
         }
     ),
@@ -479,7 +479,7 @@ ModelYear = Annotated[
     str,
     BeforeValidator(normalize_model_year),
     describe_model_year(
-        {"type": "string", "pattern": bare_pattern(rf"({NO_YEAR}|({YEARS})(\.0+)?)?")},
+        {"type": "string", "pattern": wrapped_pattern(rf"({NO_YEAR}|({YEARS})(\.0+)?)?")},
         {"type": "integer", "minimum": 1980, "maximum": LAST_YEAR},
         {"type": "integer", "minimum": 0, "maximum": 0},
     ),
@@ -557,7 +557,7 @@ class BatchItem(Body):
 
 # With the discriminator pydantic says what is wrong with an object, and not that it is no string.
 Item = Annotated[
-    Annotated[str, KindOf("vin")] | Annotated[BatchItem, KindOf("item")],
+    Annotated[str, UnionTag("vin")] | Annotated[BatchItem, UnionTag("item")],
     Discriminator(lambda item: "vin" if isinstance(item, str) else "item"),
 ]
 
@@ -574,11 +574,11 @@ def check_items(given: object) -> object:
 
 
 class Row(NamedTuple):
-    """A row of a batch as it came."""
+    """A row of a batch, as the client sent it."""
 
     vin: str
     model_year: object = ""
-    came: str = ""  # its text in a CSV file, without the line end
+    text: str = ""  # of the whole row in a CSV file, without the line end
 
 
 class BatchBody(Body):
@@ -3566,34 +3566,34 @@ def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
 # ======================================================================================================================
 # Fleet: a file of VINs as people keep it, a list or a spreadsheet's CSV, and its answer, as JSON Lines or as CSV. An
 # upload is received whole and read through once before it is answered, because clients write all before they read, and
-# because a fault in a file is then a 422. `Head` alone decides what is in a file, by its first lines. Uploads are read
-# by threads of their own, which hold up no lookup.
+# because a fault in a file is then a 422. `LayoutFinder` alone decides by the first lines whether a file is a list or
+# CSV. Uploads are read by threads of their own, which hold up no lookup.
 # ======================================================================================================================
 
 TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
 JSON = "application/json"
 
-LIST_CHARACTERS = 1000  # of a line of a list: where there are more, the line ends were lost
-ROW_CHARACTERS = 2**15  # of a row of CSV, of which some hundred are in memory at once
-PROGRESS_S = 60  # from one line of the log to the next on how far a batch is
+LIST_CHARACTERS = 1000  # the longest line of a list; if a line is longer, the file has lost its line ends
+ROW_CHARACTERS = 2**15  # the longest row of CSV; some hundred rows are in memory at once
+PROGRESS_S = 60  # the log says so often how many lines of a batch were answered
 
 UPLOAD_THREADS = 32
-STEP_CHARACTERS = 2**14  # that a thread reads, in some 0.3 ms, before it pauses
-LINE_COST = 31  # characters that each line counts for besides its own, because an empty one takes time too
-PAUSE_S = 1e-5  # 0 would not do: the thread would have Python's lock again before another one has woken up
-POLL_S = 0.2  # from one look to the next whether the client of a file that is being read has left
+STEP_CHARACTERS = 2**14  # a thread reads so many, in some 0.3 ms, and then pauses
+LINE_COST = 31  # characters that are added for each line, because an empty line takes time too
+PAUSE_S = 1e-5  # not 0, because the thread would then take Python's lock again before another thread wakes up
+POLL_S = 0.2  # while a file is read, the service checks so often whether the client has left
 
-EATEN = "one VIN a line; with curl use --data-binary, not -d"
+ONE_VIN_A_LINE = "one VIN a line; with curl use --data-binary, not -d"
 SEND_NO_FORM = "Send the file itself, not in a form: with curl --data-binary @fleet.csv, not -F"
 
-FIRST_LINES = 20  # of a file, in which the names of its columns are looked for
-FIRST_CHARACTERS = 2**15  # of these lines, not counting the last one
+FIRST_LINES = 20  # the names of the columns are looked for in so many lines of a file
+FIRST_CHARACTERS = 2**15  # fewer lines, if they have more characters than this
 
 SEPARATOR_LINE = re.compile(r"sep=(\t|[^\w\s\"])[\r\n]*")  # Excel's own, before the names
-VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]*\d){3})(?=\d*[A-Za-z])[0-9A-Za-z]{17}")  # no word, no time in digits
+VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]*\d){3})(?=\d*[A-Za-z])[0-9A-Za-z]{17}")  # neither a word nor only digits
 HAS_VIN = re.compile(rf"(?<![^\W_]){VIN_LIKE.pattern}(?![^\W_])")
 
-# The first that fits counts.
+# The encoding of a file by its first bytes. UTF-32 stands before UTF-16, because its mark begins with that of UTF-16.
 BYTE_ORDER_MARKS = {
     b"\xef\xbb\xbf": "utf-8-sig",
     b"\xff\xfe\0\0": "utf-32",
@@ -3601,44 +3601,45 @@ BYTE_ORDER_MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-# Without a byte order mark, by which of four bytes are most often NUL, because most of a file is ASCII.
+# The encoding of a file without a mark, by the bytes of four that are most often NUL, because most of a file is ASCII.
 WIDE_ENCODINGS: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "utf-16-le",
     (True, False, True, False): "utf-16-be",
     (False, True, True, True): "utf-32-le",
     (True, True, True, False): "utf-32-be",
 }
-HEAD_BYTES = 4096  # by which the encoding is told
+DETECTION_BYTES = 4096  # the encoding is detected from so many bytes at the beginning of a file
 
 CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^\s;\"']+)", re.I)
-NO_CHARSET = re.compile("ascii|mbcs|rot_13|tactis|.*_codec")  # of Python's encodings
+NO_CHARSET = re.compile("mbcs|rot_13|tactis|.*_codec")  # encodings of Python that are no charset of a text
 
-# What JSON begins with, but no file; and a form, which clients make of an object if they are not told to send JSON.
-UNTYPED_JSON = re.compile(r"\{|\[(?!\w)|vins?=", re.I)  # [VIN] is a column of SQL Server's
+# The beginning of JSON, or of a form: many clients send an object as a form if no other type is set. No file of VINs
+# begins so.
+UNTYPED_JSON = re.compile(r"\{|\[(?!\w)|vins?=", re.I)  # but [VIN] is a column's name from SQL Server
 PACKED = (b"\x1f\x8b", b"PK\3\4", b"\xd0\xcf\x11\xe0")  # gzip; zip, which a workbook is too; an older workbook
 
-FORMULA = re.compile("\0[=+@\t\r-]")  # a spreadsheet runs a value that begins so; a NUL stands before each value
+FORMULA = re.compile("\0[=+@\t\r-]")  # after a NUL, the first character of a value that a spreadsheet would run
 
 
 def is_json(content_type: str) -> bool:
-    """Whether FastAPI takes a body for JSON."""
+    """Whether FastAPI parses a body of this type as JSON."""
     return re.fullmatch(r"application/([^/;\s]+\+)?json", media_type(content_type)) is not None
 
 
 def named_encoding(content_type: str) -> str:
-    """The encoding that a content type names: empty if it names none, or ASCII, which other characters contradict.
-
-    Raises a 415 if it is not known."""
-    named = CHARSET.search(content_type)
-    name = re.sub("[^a-z0-9]+", "_", named[1].lower()) if named else "ascii"
+    """The encoding that a content type names. Empty if it names none, or ASCII, because many files of other encodings
+    are sent as ASCII. Raises a 415 if it is not known."""
+    if not (named := CHARSET.search(content_type)):
+        return ""
+    name = re.sub("[^a-z0-9]+", "_", named[1].lower())
     name = aliases.get(name, name)
     if name == "ascii":
         return ""
-    # Not by codecs.lookup at once, because Python remembers every name for which it has looked in vain.
-    if not named or name not in aliases.values() or NO_CHARSET.fullmatch(name):
-        raise HTTPException(415, f"The charset {ascii(named[1][:40]) if named else ''} is not known; send UTF-8.")
+    # `aliases` and not codecs.lookup alone, because Python keeps every unknown name that was looked up in memory.
+    if name not in aliases.values() or NO_CHARSET.fullmatch(name):
+        raise HTTPException(415, f"The charset {named[1][:40]!a} is not known; send UTF-8.")
     encoding = codecs.lookup(name).name
-    return "cp1252" if encoding == "iso8859-1" else encoding  # browsers do so too, because its € is never an accident
+    return "cp1252" if encoding == "iso8859-1" else encoding  # as browsers do, because Latin-1 has no € but cp1252 has
 
 
 def media_type(header: str) -> str:
@@ -3646,18 +3647,15 @@ def media_type(header: str) -> str:
 
 
 upload_threads = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
-upload_lock = (
-    threading.Lock()
-)  # held by the one upload thread that reads, so that others wait for one step of one thread
+upload_lock = threading.Lock()  # only the upload thread that holds it reads, so a lookup waits for one step of one
 
 
 async def in_upload_thread(work: Callable[..., Result], *given: Any) -> Result:
-    """What the work returns."""
     return await asyncio.get_running_loop().run_in_executor(upload_threads, work, *given)
 
 
 def list_row(line: str) -> Row:
-    """The row of a line of a list, which is CSV where it has quotes. A comma too many at its end is nothing."""
+    """The row of a line of a list. A line with quotes is read as CSV. Commas at the end are ignored."""
     line = line.rstrip("\r\n")
     if '"' in line:
         vin, *others = next(csv.reader([line]))
@@ -3674,7 +3672,7 @@ def is_vin(text: str) -> bool:
 
 
 def is_list_line(line: str) -> bool:
-    """Whether a line of a list, and of nothing else, looks like this: a VIN, and at most a model year."""
+    """Whether the line has a VIN, and at most a model year behind it: no CSV with other columns has such lines."""
     row = list_row(line)
     with suppress(PydanticCustomError):
         normalize_model_year(row.model_year)
@@ -3683,7 +3681,7 @@ def is_list_line(line: str) -> bool:
 
 
 def letters(name: str) -> str:
-    """The letters and digits of a column's name."""
+    """The letters and digits of a column's name, in small letters."""
     return re.sub(r"[\W_]", "", name.lower())
 
 
@@ -3717,41 +3715,34 @@ class Layout(NamedTuple):
     """How a CSV file is laid out."""
 
     separator: str
-    before: str  # what stands above the names
-    names: str  # the line of the names as it came, or their numbers from 1 where there are none
-    first: int  # how many lines stand before the first row
-    columns: int
-    vin: int  # the index of its column
-    model_year: int | None  # the index of its column, if there is one
+    above: str  # the text above the names
+    names: str  # the text of the names; if the file has no names, the numbers of the columns from 1
+    first: int  # the number of lines before the first row of values
+    columns: int  # the number of columns
+    vin: int  # the index of the column of the VINs
+    model_year: int | None  # the index of the column of the model years, if there is one
 
 
 class Names(NamedTuple):
     """A row that may be the names of the columns."""
 
-    rank: int  # of the name of the column of VINs
-    line: int  # the index of its first line
-    after: int  # the index of the line after it
+    rank: int  # the rank of the column of the VINs
+    line: int  # the index of the row's first line
+    after: int  # the index of the line after the row
     separator: str
     values: list[str]
     vins: list[int]  # the indexes of the columns that may have the VINs
 
-    @property
-    def order(self) -> tuple[int, int]:
-        """The least is the best one: by its rank, then by how many names it has, because a title has fewer."""
-        return self.rank, -sum(1 for value in self.values if value.strip(EDGES))
 
-
-class Head:
-    """The first lines of a file, by which its layout is found: here alone it is decided what is in a file."""
+class LayoutFinder:
+    """Finds the layout of a file from its first lines. Only this class decides whether a file is a list or CSV."""
 
     def __init__(self, lines: Iterator[str]) -> None:
-        # The separators that the file may have.
-        self._separators = ",;\t"
-        # How many lines stand before those that are looked at: Excel's line, and blank ones, of which there may be
-        # millions; and the text of the first of them.
-        self._skipped, self._above = 0, ""
-        # The lines that are looked at.
-        self.lines: list[str] = []
+        self._separators = ",;\t"  # those that the file may have
+        # The lines above the first lines: Excel's line, and blank lines, of which there may be millions.
+        self._skipped = 0  # the number of these lines
+        self._above = ""  # the text of the first of them
+        self.lines: list[str] = []  # the first lines, from the first one that is not blank
         first = self._skip_blank(lines)
         if found := SEPARATOR_LINE.fullmatch(first):
             self._separators = found[1]
@@ -3775,19 +3766,19 @@ class Head:
         return ""
 
     def find_layout(self, column: str) -> Layout | None:
-        """The layout of the file, or None for a list. The column of the VINs may be named, or have its number from 1.
-
-        Raises a 422 unless the file is one or the other."""
+        """The layout of a CSV file, or None for a list. `column` is the name of the column of the VINs, or its number
+        from 1, or empty. Raises a 422 if the file is neither a list nor CSV whose VINs are found."""
         if re.fullmatch("[1-9][0-9]{0,4}", column):
             return self._layout_by_number(int(column) - 1)
         first = self.lines[0]
         if len(self.lines) == 1 and first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
-            raise self._invalid(0, EATEN)
+            raise self._invalid(0, ONE_VIN_A_LINE)
         if names := self._find_names(column):
             return self._layout(names)
-        telling = next((line for line in self.lines if HAS_VIN.search(line) or is_list_line(line)), "")
-        if column or not is_list_line(telling):
-            raise self._refusal(column)
+        # A list if the first line with a VIN is a line of a list.
+        line_with_vin = next((line for line in self.lines if HAS_VIN.search(line) or is_list_line(line)), "")
+        if column or not is_list_line(line_with_vin):
+            raise self._not_found(column)
         return None
 
     def _row(self, line: int, separator: str) -> tuple[list[str], int]:
@@ -3799,7 +3790,7 @@ class Head:
             return [], line + 1
 
     def _find_names(self, column: str) -> Names | None:
-        """The best row of names, of all separators. It stands above the first VIN, or has the name that is given."""
+        """The best row of names, with any separator. It is above the first VIN, or it has the name `column`."""
         ranks: Ranks = VIN_RANKS
         if column:
             ranks = (
@@ -3814,50 +3805,55 @@ class Head:
                 names = Names(rank, line, after, separator, values, vins)
                 if vins and (rank < len(ranks) - 1 or column or self._has_vin_below(names)):
                     found.append(names)
-        return min(found, key=lambda names: names.order, default=None)
+        # Of equal ranks the row with the most names, because a title has fewer.
+        return min(
+            found, key=lambda row: (row.rank, -sum(bool(name.strip(EDGES)) for name in row.values)), default=None
+        )
 
     def _has_vin_below(self, names: Names) -> bool:
-        """Whether one of the columns has the first VIN, or all below is blank: titles and notes have the word, too."""
+        """Whether one of the columns has the first VIN, or all lines below are blank. Without one of these the row may
+        be a title or a note that has the word VIN in it."""
         values = self._row(self._vin_line, names.separator)[0]
         is_last = not "".join(self.lines[names.after :]).strip(EDGES)
         return is_last or any(is_vin(values[index]) for index in names.vins if index < len(values))
 
     def _layout_by_number(self, vin: int) -> Layout:
-        """The layout where the column of the VINs has this index. The line above the first of them has the names, if
-        it has a name there; else there are none."""
-        sheets = {
-            separator: [self._row(i, separator) for i in range(len(self.lines))] for separator in self._separators
-        }
-        cells = {key: [row[vin] if vin < len(row) else "" for row, _ in rows] for key, rows in sheets.items()}
-        widths = {separator: max(len(row) for row, _ in rows) for separator, rows in sheets.items()}
-        separator = max(self._separators, key=lambda key: (any(map(is_vin, cells[key])), widths[key]))
-        width = widths[separator]
+        """The layout, if the column of the VINs has this index. If the row above the first VIN has a name in this
+        column, it is the row of the names; else the file has no names."""
+
+        def read(separator: str) -> tuple[bool, int, str, list[str]]:
+            """Whether the column has a VIN, the number of columns, the separator, and the values of the column."""
+            rows = [self._row(index, separator)[0] for index in range(len(self.lines))]
+            cells = [row[vin] if vin < len(row) else "" for row in rows]
+            return any(map(is_vin, cells)), max(map(len, rows)), separator, cells
+
+        has_vin, width, separator, cells = max(map(read, self._separators), key=lambda found: found[:2])
         if vin >= width:
             raise invalid("columns", ("query", "vin_column"), f"The first lines have {width} columns at most")
-        at = next((index for index, cell in enumerate(cells[separator]) if is_vin(cell)), 1) - 1
-        name = cells[separator][at] if at >= 0 else ""
+        line = [*map(is_vin, cells)].index(True) - 1 if has_vin else 0
+        name = cells[line] if line >= 0 else ""
         if best_columns([name], VIN_RANKS)[1] or (letters(name) and not re.search(r"\d", name)):
-            values, after = sheets[separator][at]
-            return self._layout(Names(0, at, after, separator, values, [vin]))
+            values, after = self._row(line, separator)
+            return self._layout(Names(0, line, after, separator, values, [vin]))
         numbers = separator.join(map(str, range(1, width + 1)))
-        return Layout(separator, line_ends(self._above), numbers, self._skipped, width, vin, None)
+        return Layout(separator, self._above, numbers, self._skipped, width, vin, None)
 
     def _layout(self, names: Names) -> Layout:
-        """The layout by this row of names. Raises a 422 if two columns are equally good, or a name has a NUL."""
+        """The layout with these names. Raises a 422 if two columns are equally good, or a name has a NUL."""
         values = names.values
         if any("\0" in name for name in values):
             raise self._invalid(names.line, "a NUL in the name of a column; is the file in UTF-16?")
         _, years = best_columns(values, YEAR_RANKS)
         if len(names.vins) > 1:
-            told = quoted(values[index] for index in names.vins)
+            columns = quoted(values[index] for index in names.vins)
             numbers = " or ".join(f"vin_column={index + 1}" for index in names.vins)
-            raise self._invalid(names.line, f"each of the columns {told} may have the VINs; say which: {numbers}")
+            raise self._invalid(names.line, f"each of the columns {columns} may have the VINs; say which: {numbers}")
         if len(years) > 1:
-            told = quoted(values[index] for index in years)
-            raise self._invalid(names.line, f"each of the columns {told} may have the model years; rename one")
+            columns = quoted(values[index] for index in years)
+            raise self._invalid(names.line, f"each of the columns {columns} may have the model years; rename one")
         return Layout(
             names.separator,
-            line_ends(self._above + "".join(self.lines[: names.line])),
+            self._above + "".join(self.lines[: names.line]),
             "".join(self.lines[names.line : names.after]).rstrip("\r\n"),
             self._skipped + names.after,
             len(values),
@@ -3865,55 +3861,54 @@ class Head:
             years[0] if years else None,
         )
 
-    def _refusal(self, column: str) -> RequestValidationError:
-        """The 422 for a file of which it is not known where its VINs are. It says no value that may be a VIN."""
+    def _not_found(self, column: str) -> RequestValidationError:
+        """The 422 for a file whose VINs are not found. It names no value that may be a VIN."""
         if column:
-            told = "No column has the name that vin_column gives"
+            reason = "No column has the name that vin_column gives"
         elif self._vin_line == 0:
-            told = "The file has no line of names, and is no list of one VIN a line"
+            reason = "The file has no line of names, and is no list of one VIN a line"
         else:
-            told = "No column is named vin, and no line is a VIN alone"
+            reason = "No column is named vin, and no line is a VIN alone"
         names = max((self._row(0, separator)[0] for separator in self._separators), key=len)
         if len(names) > 1 and not re.search(r"\d", self.lines[0]):
-            told += f"; the first line names {quoted(names[:10])}"
-        hint = "vin_column= tells the column of the VINs, by its name or by its number from 1"
-        return invalid("columns", ("query", "vin_column") if column else ("body",), f"{told}; {hint}")
+            reason += f"; the first line names {quoted(names[:10])}"
+        hint = "give the column of the VINs as vin_column=, by its name or by its number from 1"
+        return invalid("columns", ("query", "vin_column") if column else ("body",), f"{reason}; {hint}")
 
-    def _invalid(self, line: int, what: str) -> RequestValidationError:
-        number = self._skipped + line + 1
-        return invalid("line", ("body", number), f"Line {number:,}: {what}")
+    def _invalid(self, line: int, fault: str) -> RequestValidationError:
+        return invalid_line(self._skipped + line + 1, fault)
 
 
-def line_ends(text: str) -> str:
-    """The text with the line ends that all of an answer has."""
-    return re.sub(r"\r\n?|\n", "\r\n", text)
+def invalid_line(number: int, fault: str) -> RequestValidationError:
+    return invalid("line", ("body", number), f"Line {number:,}: {fault}")
 
 
 class Fleet:
-    """A file of VINs that is open, and was read through. Raises a 422, which names the line, if it can't be read.
+    """An open file of VINs that was read through once. Raises a 422, which names the line, if it can't be read.
 
     If the file is closed while a thread reads it, the thread ends with a ValueError."""
 
     def __init__(self, file: BinaryIO, encoding: str, kind: str, vin_column: str = "") -> None:
-        self.marked = encoding != "utf-8"  # for Excel, which takes text without a mark for Windows-1252
+        # Whether the answer in CSV begins with a byte order mark: Excel reads a file without one as Windows-1252.
+        self.needs_mark = encoding != "utf-8"
         self._encoding = encoding
-        # A byte that is no text becomes a lone surrogate here, which `_lines` finds in its line.
+        # A byte that can't be decoded becomes a lone surrogate, and `_lines` then names the line that has it.
         errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
         if kind != CSV:
             self._refuse_json()
-        self._number = 0  # of the line that was read last
-        self._left = STEP_CHARACTERS  # until the next pause
+        self._number = 0  # the number of the line that was read last
+        self._left = STEP_CHARACTERS  # the characters until the next pause
         with upload_lock:
-            head = Head(self._lines(ROW_CHARACTERS))
-            self.layout = head.find_layout(vin_column) if head.lines else None  # None: a list, one VIN a line
-            self.form = CSV if self.layout or kind == CSV else JSONL  # in which it is answered
+            finder = LayoutFinder(self._lines(ROW_CHARACTERS))
+            self.layout = finder.find_layout(vin_column) if finder.lines else None  # None: a list, one VIN a line
+            self.form = CSV if self.layout or kind == CSV else JSONL  # the form of the answer
             self.count = sum(1 for _ in self.rows())
 
     def next_rows(self, rows: Iterator[Row], most: int) -> list[Row]:
-        """Up to so many of `rows()`. Call it in an upload thread."""
+        """The next rows of `rows()`, at most `most`. Call it in an upload thread."""
         with upload_lock:
-            self._left = STEP_CHARACTERS  # it has just paused
+            self._left = STEP_CHARACTERS  # because the thread has just paused
             return [*islice(rows, most)]
 
     def rows(self) -> Iterator[Row]:
@@ -3924,33 +3919,32 @@ class Fleet:
                 if line.strip(EDGES):
                     yield list_row(line)
             return
-        for came, values in self._sheet(layout):
+        for text, values in self._csv_rows(layout):
             if len(values) != layout.columns:
-                came = self._fit(came, values, layout)
+                text = self._fit(text, values, layout)
             model_year = "" if layout.model_year is None else values[layout.model_year]
-            yield Row(values[layout.vin], model_year, came)
+            yield Row(values[layout.vin], model_year, text)
 
-    def _fit(self, came: str, values: list[str], layout: Layout) -> str:
-        """The text of a row with as many values as there are columns; empty ones too many at its end are nothing."""
+    def _fit(self, text: str, values: list[str], layout: Layout) -> str:
+        """The text of a row with one value for each column: missing values are empty, and blank ones beyond the columns
+        are cut off. Raises a 422 if a value beyond the columns is not blank."""
         missing = layout.columns - len(values)
         if any(value.strip(EDGES) for value in values[layout.columns :]):
             raise self._invalid(f"{len(values)} columns, but only {layout.columns} have names")
         values += [""] * missing
-        return came + layout.separator * missing if missing > 0 else came.rsplit(layout.separator, -missing)[0]
+        return text + layout.separator * missing if missing > 0 else text.rsplit(layout.separator, -missing)[0]
 
-    def _sheet(self, layout: Layout) -> Iterator[tuple[str, list[str]]]:
-        """The rows of a CSV file: the text as it came, without the line end, and the values."""
-        parts: list[str] = []  # the lines of a row: a line break in quotes does not end it
+    def _csv_rows(self, layout: Layout) -> Iterator[tuple[str, list[str]]]:
+        """The rows of a CSV file: the text without the line end, and the values."""
+        parts: list[str] = []  # the lines of this row; it has several if a value in quotes has line breaks
 
         def lines() -> Iterator[str]:
-            size = 0
-            for line in islice(self._lines(ROW_CHARACTERS), layout.first, None):
+            size, most = 0, ROW_CHARACTERS
+            for line in islice(self._lines(most), layout.first, None):
                 size = size + len(line) if parts else len(line)
                 parts.append(line)
-                if size > ROW_CHARACTERS:
-                    raise csv.Error(
-                        f"a row of more than {ROW_CHARACTERS:,} characters begins here; is a quote not closed?"
-                    )
+                if size > most:
+                    raise csv.Error(f"a row of more than {most:,} characters begins here; is a quote not closed?")
                 yield line
 
         try:
@@ -3964,7 +3958,8 @@ class Fleet:
             raise self._invalid(cause) from None
 
     def _lines(self, most: int) -> Iterator[str]:
-        """The lines, ends and all, of that many characters at most. Between them the thread pauses now and then."""
+        """The lines with their line ends. Raises a 422 if one has more than `most` characters, or can't be decoded. The
+        thread pauses after STEP_CHARACTERS, so that other threads go on."""
         self._text.seek(0)
         self._number = 0
         while True:
@@ -3974,12 +3969,12 @@ class Fleet:
             except UnicodeError:
                 self._number += 1
                 tried = "UTF-8, UTF-16 or Windows-1252" if self._encoding == "cp1252" else self._encoding.upper()
-                raise self._invalid(f"it is no text in {tried}") from None
+                raise self._invalid(f"not text in {tried}") from None
             if not line:
                 return
             self._number += 1
             if len(line) > most:
-                raise self._invalid(f"more than {most:,} characters: {EATEN}")
+                raise self._invalid(f"more than {most:,} characters: {ONE_VIN_A_LINE}")
             self._left -= len(line) + LINE_COST
             if self._left <= 0:
                 self._left = STEP_CHARACTERS
@@ -3989,82 +3984,84 @@ class Fleet:
             yield line
 
     def _refuse_json(self) -> None:
-        """Raises a 422 for JSON without its type, before it is taken for a list whose line ends are lost."""
+        """Raises a 422 for JSON that was sent without its type. Else it would be read as a list without line ends."""
         self._text.seek(0)
         with suppress(UnicodeError):  # `_lines` reports it
             if UNTYPED_JSON.match(self._text.read(100).lstrip(EDGES)):
                 raise invalid("content_type", ("body",), SEND_JSON)
 
-    def _invalid(self, what: str) -> RequestValidationError:
-        return invalid("line", ("body", self._number), f"Line {self._number:,}: {what}")
+    def _invalid(self, fault: str) -> RequestValidationError:
+        return invalid_line(self._number, fault)
 
 
-@asynccontextmanager
-async def receive_file(
-    pieces: AsyncIterator[bytes],
-    has_left: Callable[[], Awaitable[bool]],
-    folder: Path,
-    content_type: str,
-    vin_column: str,
-) -> AsyncIterator[Fleet]:
-    """Receive a file and read it through. The file has no name, and is gone at the end, whatever happens.
+VinColumn = Annotated[
+    str, Query(description="Of a CSV file the column that has the VINs: its name, or its number from 1")
+]
 
-    Raises a 503 if it can't be kept, a 415 if it is compressed, a 422, and ClientDisconnect."""
-    named, kind = named_encoding(content_type), media_type(content_type)
+
+async def receive_file(request: Request, vin_column: VinColumn = "") -> AsyncIterator[Fleet]:
+    """Receive a file, read it through, and yield it for as long as its answer takes. It has no name in its folder, so
+    nothing is left of it, whatever happens.
+
+    Raises a 503 if it can't be kept, a 415 if it is compressed, a 422, and a 499 if the client hangs up."""
+    content_type = request.headers.get("content-type", "")
+    kind = media_type(content_type)
+    if kind.startswith("multipart/"):
+        raise invalid("content_type", ("body",), SEND_NO_FORM)
+    charset, folder = named_encoding(content_type), request.state.settings.upload_folder
     file: BinaryIO | None = None
     try:
         try:
             file = cast(BinaryIO, await in_upload_thread(partial(tempfile.TemporaryFile, dir=folder)))
-            encoding = await receive_pieces(pieces, file, named)
+            encoding = await receive_pieces(request.stream(), file, charset)
         except OSError as error:
             log.warning("upload failed: %s", error)
-            raise HTTPException(
-                503, f"The file cannot be kept ({reason(error)}); send it again later.", ask_again(60)
-            ) from None
+            cause = f"The file cannot be kept ({reason(error)}); send it again later."
+            raise HTTPException(503, cause, ask_again(60)) from None
         opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind, vin_column))
         try:
             while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
-                if await has_left():
+                if await request.is_disconnected():
                     raise ClientDisconnect
             yield opening.result()
         finally:
-            opening.cancel()  # then nobody misses the result of a thread that goes on until the file is closed
+            opening.cancel()  # else asyncio would log an error of the thread that nobody waits for any longer
+    except ClientDisconnect:
+        raise HTTPException(499, "The client hung up") from None
     finally:
         if file is not None:
-            with suppress(OSError):  # on a full disk, of what could not be written
+            with suppress(OSError):  # if the disk is full, the last bytes can't be written
                 file.close()
 
 
-async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO, named: str) -> str:
-    """Write the file, and return its encoding: by its byte order mark, else the one that is named, else by its bytes.
+async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO, charset: str) -> str:
+    """Write the file, and return its encoding: by its byte order mark, else the charset of its type, else by its bytes.
 
     Raises a 415 if it is compressed, and OSError."""
-    utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), named or "utf-8"
+    utf_8, encoding = codecs.getincrementaldecoder("utf-8")(), charset or "utf-8"
     async for piece in pieces:  # the last one is empty
         await in_upload_thread(file.write, piece)
-        if encoding == "utf-8" and not named:
+        if encoding == "utf-8" and not charset:
             try:
                 utf_8.decode(piece, final=not piece)
             except UnicodeDecodeError:
                 encoding = "cp1252"
     await in_upload_thread(file.seek, 0)
-    head = file.read(HEAD_BYTES)
-    if head.startswith(PACKED):
-        raise HTTPException(
-            415, "The file is a workbook or compressed; send it unpacked, of a workbook the sheet as CSV."
-        )
-    if marked := next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), ""):
-        return marked
-    nuls = tuple(head[place::4].count(0) * 16 > len(head) for place in range(4))  # at a quarter of these places
-    if named not in ("", "utf-16", "utf-32"):
-        return named
+    beginning = file.read(DETECTION_BYTES)
+    if beginning.startswith(PACKED):
+        raise HTTPException(415, "The file is a workbook or compressed; send a sheet as CSV, other files unpacked.")
+    for mark, by_mark in BYTE_ORDER_MARKS.items():
+        if beginning.startswith(mark):
+            return by_mark
+    if charset not in ("", "utf-16", "utf-32"):
+        return charset
+    # Which of four bytes are NUL in more than a quarter of all cases.
+    nuls = tuple(beginning[place::4].count(0) * 16 > len(beginning) for place in range(4))
     return WIDE_ENCODINGS.get(nuls, encoding)
 
 
-async def in_windows(
-    rows: Iterator[Row], fleet: Fleet | None, sent: "deque[Row] | None" = None
-) -> AsyncIterator[list[Row]]:
-    """The rows of a file or of JSON, some at a time. `sent` gets them too, for the answer in CSV."""
+async def read_windows(rows: Iterator[Row], fleet: Fleet | None, sent: "deque[Row] | None") -> AsyncIterator[list[Row]]:
+    """The rows of a file or of JSON, WINDOW at a time. They are added to `sent` too, for the answer in CSV."""
     while window := await in_upload_thread(fleet.next_rows, rows, WINDOW) if fleet else [*islice(rows, WINDOW)]:
         if sent is not None:
             sent.extend(window)
@@ -4072,7 +4069,7 @@ async def in_windows(
 
 
 async def log_progress(lines: AsyncIterator[list[Line]], count: int, client: str) -> AsyncIterator[list[Line]]:
-    """The lines. The log says now and then how many of them were answered."""
+    """The same lines. The log says every PROGRESS_S how many of them were answered."""
     answered, next_at = 0, time.monotonic() + PROGRESS_S
     async for some in lines:
         yield some
@@ -4099,14 +4096,15 @@ async def as_json(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
 async def as_csv(
     lines: AsyncIterator[list[Line]], sent: "deque[Row]", fleet: Fleet | None, form: LineForm
 ) -> AsyncIterator[bytes]:
-    """The rows as they came, each with its line behind it. The names of our columns begin with `decoded_`."""
+    """The rows as they were sent, each with its line behind it. The names of our columns begin with `decoded_`."""
     layout = fleet and fleet.layout
     separator = layout.separator if layout else ","
-    out = io.StringIO("\ufeff" if fleet and fleet.marked else "")
-    out.seek(0, io.SEEK_END)
+    out = io.StringIO()
     writer = csv.writer(out, delimiter=separator)
-    if layout and layout.before:
-        out.write(layout.before)
+    if fleet and fleet.needs_mark:
+        out.write("\ufeff")
+    if layout:
+        out.write(re.sub(r"\r\n?|\n", "\r\n", layout.above))  # with the line ends of the answer
     out.write((layout.names if layout else "vin,model_year") + separator)
     writer.writerow(f"decoded_{name}" for name in form.names)
     yield out.getvalue().encode()
@@ -4115,12 +4113,12 @@ async def as_csv(
         out.truncate()
         for line in cast(list[list[Any]], some):
             row = sent.popleft()
-            if row.came:
-                out.write(row.came + separator)
+            if row.text:
+                out.write(row.text + separator)
             if FORMULA.search("\0".join(["", *line[1:]])):  # one search is faster than one for each value
                 line = [f"'{value}" if FORMULA.match(f"\0{value}") else value for value in line]
-            writer.writerow(line if row.came else [row.vin, row.model_year, *line])
-        yield out.getvalue().encode(errors="replace")  # JSON may bring lone surrogates
+            writer.writerow(line if row.text else [row.vin, row.model_year, *line])
+        yield out.getvalue().encode(errors="replace")  # a VIN sent in JSON may have a lone surrogate
 
 
 # ======================================================================================================================
@@ -4950,10 +4948,6 @@ PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re
 
 Compression = Annotated[Literal["zstd", "snappy", "none"], Query(description="snappy is larger; all readers know it")]
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
-VinColumn = Annotated[
-    str, Query(description="Of a CSV file the column that has the VINs: its name, or its number from 1")
-]
-
 
 LOOKUP_ROUTE: dict[str, Any] = {"tags": ["lookup"], "summary": "Decode a VIN", "response_model": Vehicle}
 
@@ -4988,26 +4982,13 @@ def accepted_form(accept: str, form: str) -> str:
 
 
 class FileRoute(TaggedRoute):
-    """A route for a body that is not JSON. FastAPI would read the whole body into memory, this route streams it."""
+    """A route for a body that is not JSON. Its handler reads the body as a stream, so it is never whole in memory."""
 
     takes_files = True
 
 
-async def received_file(request: Request, vin_column: VinColumn = "") -> AsyncIterator[Fleet]:
-    """The file that is sent, for as long as its answer takes."""
-    content_type = request.headers.get("content-type", "")
-    if media_type(content_type).startswith("multipart/"):
-        raise invalid("content_type", ("body",), SEND_NO_FORM)
-    try:
-        folder = request.state.settings.upload_folder
-        async with receive_file(request.stream(), request.is_disconnected, folder, content_type, vin_column) as fleet:
-            yield fleet
-    except ClientDisconnect:
-        raise HTTPException(499, "The client hung up") from None
-
-
 async def lookup_file(
-    fleet: Annotated[Fleet, Depends(received_file)], request: Request, details: Details = False
+    fleet: Annotated[Fleet, Depends(receive_file)], request: Request, details: Details = False
 ) -> StreamingResponse:
     """Decode a file of VINs: a list, or CSV, whose columns come back with ours behind them."""
     return await answer_batch(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
@@ -5029,7 +5010,7 @@ async def answer_batch(
     client = request.client.host if request.client else "unknown"
     line_form = LineForm(form == CSV, details)
     patience, applied = read_patience(request)
-    lines = request.state.lookups.batch(in_windows(rows, fleet, sent), line_form, patience)
+    lines = request.state.lookups.batch(read_windows(rows, fleet, sent), line_form, patience)
     lines = log_progress(lines, count, client)
     answer = {JSON: as_json, JSONL: as_jsonl}[form](lines) if sent is None else as_csv(lines, sent, fleet, line_form)
     return StreamingResponse(answer, headers={"X-Total-Count": str(count)} | applied, media_type=form)
@@ -5158,7 +5139,7 @@ def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
             # /docs shows a description only if it stands here, not in the schema of the parameter.
             parameter.setdefault("description", parameter["schema"].get("description", ""))
             if parameter["in"] == "path":  # a path with a control character is a 404
-                pattern = bare_pattern(VIN_PATTERN, CONTROL.sub("", EDGES))
+                pattern = wrapped_pattern(VIN_PATTERN, CONTROL.sub("", EDGES))
                 parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
         if tag not in access.open_tags:
             operation["security"] = [{name: []} for name in KEY_SCHEMES]

@@ -1062,7 +1062,7 @@ def test_all_that_is_invisible_goes_at_the_edges() -> None:
     invisible = {char for char in characters if unicodedata.category(char) in ("Cc", "Cf", "Zs")}
     assert invisible <= set(main.EDGES)
     assert {unicodedata.category(char) for char in set(main.EDGES) - invisible} <= {"Cn"}
-    pattern = re.compile(main.bare_pattern(main.VIN_PATTERN))
+    pattern = re.compile(main.wrapped_pattern(main.VIN_PATTERN))
     for char in main.EDGES:
         assert main.normalize_vin(f"{char}{TRUCK}{char}") == TRUCK
         assert (pattern.search(f"{char}{TRUCK}{char}") is None) == (char > "\uffff")
@@ -5690,7 +5690,7 @@ class Simulation:
                     yield [row]
                     await asyncio.sleep(pause)
                 return
-            async for window in main.in_windows(fleet.rows() if fleet else iter(rows), fleet, kept):
+            async for window in main.read_windows(fleet.rows() if fleet else iter(rows), fleet, kept):
                 asked.extend(self._ask(main.ask(row.vin, str(row.model_year)), details, True) for row in window)
                 yield window
 
@@ -6372,9 +6372,7 @@ async def test_a_column_without_the_word_is_none(service: Service, name: str) ->
     """What has only its letters is another word; the answer says how the column can be told."""
     content = f"{name},make\n{TRUCK},Peterbilt\n".encode()
     status, body, _ = await upload(service, content)
-    told = (
-        f"No column is named vin, and no line is a VIN alone; the first line names '{name}', 'make'; vin_column= tells"
-    )
+    told = f"No column is named vin, and no line is a VIN alone; the first line names '{name}', 'make'; give the col"
     assert (status, body["detail"][0]["msg"].startswith(told)) == (422, True)
     for column in (quote(name), "1"):
         status, body, _ = await upload(service, content, path=f"/lookup/batch?vin_column={column}")
@@ -6420,7 +6418,7 @@ async def test_names_that_stand_too_low_are_none(service: Service) -> None:
     """In the line after the first twenty, or below the first VIN."""
     for above in ("Line\n" * 20, f"The file of {TRUCK}\n"):
         status, body, _ = await upload(service, (above + SHEET).encode())
-        assert (status, "vin_column= tells the column" in body["detail"][0]["msg"]) == (422, True)
+        assert (status, "give the column" in body["detail"][0]["msg"]) == (422, True)
     status, body, _ = await upload(service, (above + SHEET).encode(), path="/lookup/batch?vin_column=vin")
     assert [row["decoded_vin"] for row in sheet(body.decode().removeprefix(above.replace("\n", "\r\n")))] == [
         TRUCK,
@@ -6441,7 +6439,7 @@ COLUMNS = {
     "two of one name": (TWO_VINS.replace("Tractor", "Trailer"), "1", [TRUCK, FIRE_ENGINE]),
     "below a title": (f"Report 2026\r\n\r\n{TWO_VINS}", "3", [HONDA, ""]),
     "behind Excel's line": (f"sep=;\r\n{TWO_VINS}", "3", [HONDA, ""]),
-    "a VIN": (NAMELESS.replace(TRUCK, FIRE_ENGINE), TRUCK, "No column has the name that vin_column gives; vin_column="),
+    "a VIN": (NAMELESS.replace(TRUCK, FIRE_ENGINE), TRUCK, "No column has the name that vin_column gives; give the "),
     "no names": (NAMELESS, "2", [TRUCK, "short1", FIRE_ENGINE]),
     "no names, a bad first one": (f"5,1XPWD,\r\n{NAMELESS}", "2", ["1XPWD", TRUCK, "short1", FIRE_ENGINE]),
     "no names, tabs": (NAMELESS.replace(",", "\t"), "2", [TRUCK, "short1", FIRE_ENGINE]),
@@ -6454,7 +6452,7 @@ COLUMNS = {
     "no such name where there are none": (
         NAMELESS,
         "VIN",
-        "No column has the name that vin_column gives; vin_column= tells",
+        "No column has the name that vin_column gives; give the col",
     ),
     "no such number": (NAMELESS, "4", "The first lines have 3 columns at most"),
     "0": (TWO_VINS, "0", "No column has the name that vin_column gives"),
@@ -6595,12 +6593,12 @@ REFUSED_FILES = {
     "no such column": (
         FORM,
         b"unit,make\n7,Ford\n",
-        "No column is named vin, and no line is a VIN alone; the first line names 'unit', 'make'; vin_column= tells",
+        "No column is named vin, and no line is a VIN alone; the first line names 'unit', 'make'; give the col",
     ),
     "CSV without names": (
         CSV,
         SHEET.encode()[26:],
-        "The file has no line of names, and is no list of one VIN a line; vin_column= tells the column of the VINs",
+        "The file has no line of names, and is no list of one VIN a line; give the column of the VINs",
     ),
     "units without names": (FORM, f"7,{TRUCK}\n8,{FIRE_ENGINE}\n".encode(), "The file has no line of names, and is"),
     "no names, as a list": (TEXT, f"{TRUCK},388\n{FIRE_ENGINE},Quint\n".encode(), "The file has no line of names, an"),
@@ -6655,7 +6653,7 @@ REFUSED_FILES = {
     "a charset that is not so": (
         "text/csv; charset=utf-8",
         SHEET.encode() + b"9,\xe9,,\n",
-        "Line 4: it is no text in UTF-8",
+        "Line 4: not text in UTF-8",
     ),
     "more values than names": (FORM, SHEET.encode() + b"9,A,1994,b,c\n", "Line 4: 5 columns, but only 4 have names"),
     "a quote that is not closed": (FORM, SHEET.encode() + b'9,A,,"b\nc\n', "Line 4: a quote that opens here is not cl"),
@@ -6664,11 +6662,11 @@ REFUSED_FILES = {
         SHEET.encode() + b'9,A,,"b' + b"c\n" * 20_000,
         "Line 4: a row of more than 32,768 characters begins here; is a quote not closed?",
     ),
-    "a long line": (TEXT, FLEET.encode() + b"A" * 1001, f"Line 3: more than 1,000 characters: {main.EATEN}"),
-    "a list whose line ends curl -d ate": (FORM, FLEET.replace("\n", "").encode(), f"Line 1: {main.EATEN}"),
-    "a sheet whose line ends curl -d ate": (FORM, SHEET.replace("\r\n", "").encode(), f"Line 1: {main.EATEN}"),
-    "no text": (FORM, FLEET.encode() + b"\x81\n", "Line 3: it is no text in UTF-8, UTF-16 or Windows-1252"),
-    "half a character of UTF-16": (FORM, FLEET.encode("utf-16") + b"A", "Line 3: it is no text in UTF-16"),
+    "a long line": (TEXT, FLEET.encode() + b"A" * 1001, f"Line 3: more than 1,000 characters: {main.ONE_VIN_A_LINE}"),
+    "a list whose line ends curl -d ate": (FORM, FLEET.replace("\n", "").encode(), f"Line 1: {main.ONE_VIN_A_LINE}"),
+    "a sheet whose line ends curl -d ate": (FORM, SHEET.replace("\r\n", "").encode(), f"Line 1: {main.ONE_VIN_A_LINE}"),
+    "no text": (FORM, FLEET.encode() + b"\x81\n", "Line 3: not text in UTF-8, UTF-16 or Windows-1252"),
+    "half a character of UTF-16": (FORM, FLEET.encode("utf-16") + b"A", "Line 3: not text in UTF-16"),
     "JSON that is not called so": (FORM, b'{"vins": []}', main.SEND_JSON),
     "an image": ("image/png", b"\x89PNG", "No column is named vin, and no line is a VIN alone"),
     "curl -F": ("multipart/form-data; boundary=x", b"--x\r\n\r\n" + SHEET.encode() + b"\r\n--x--", main.SEND_NO_FORM),
@@ -6786,8 +6784,8 @@ async def test_curl_sends_a_file_in_one_line(start: Start, tmp_path: Path) -> No
             rows, lines = sheet(await curl(*way[:-1], f"{way[-1]}.csv")), await curl(*way[:-1], f"{way[-1]}.txt")
             assert [row["decoded_vin"] for row in rows] == [TRUCK, FIRE_ENGINE]
             assert [json.loads(line)["status"] for line in lines.splitlines()] == [200, 200]
-        assert main.EATEN in await curl("-d", "@fleet.csv")
-        assert main.EATEN in await curl("-d", "@fleet.txt")
+        assert main.ONE_VIN_A_LINE in await curl("-d", "@fleet.csv")
+        assert main.ONE_VIN_A_LINE in await curl("-d", "@fleet.txt")
 
 
 async def test_who_writes_all_before_reading_is_answered(service: Service) -> None:
