@@ -359,7 +359,7 @@ def read_settings() -> Settings:
 # ======================================================================================================================
 
 # The characters that spreadsheets, telematics and copying leave around a value: all of Unicode's controls (Cc), formats
-# (Cf), which are invisible, and blanks (Zs). Their numbers stand here, because a search for them would slow the start.
+# (Cf), which are invisible, and blanks (Zs). They are listed here, because a search for them would slow the start.
 EDGE_RANGES = (
     "0-20 7f-a0 ad 600-605 61c 6dd 70f 890-891 8e2 1680 180e 2000-200f 202a-202f 205f-2064 2066-206f 3000 feff"
     " fff9-fffb 110bd 110cd 13430-1343f 1bca0-1bca3 1d173-1d17a e0001 e0020-e007f"
@@ -383,7 +383,7 @@ def utc(seconds: float) -> str:
 
 
 def unwrap(given: str) -> str:
-    """The value without the characters, the quotes and the text form of a spreadsheet that may stand around it."""
+    """The value without the edge characters and the quotes around it, and without a spreadsheet's text form."""
     value = given.strip(EDGES)
     if wrapped := WRAPPED.fullmatch(value):
         value = wrapped[wrapped.lastindex or 0].strip(EDGES)
@@ -394,8 +394,8 @@ NOT_IN_VIN = re.compile("[^0-9A-Za-z]")
 
 
 def normalize_vin(given: str) -> str:
-    """`given` in capitals, without what may stand around a VIN. Raises unless 17 ASCII letters and digits are left: the
-    error names the first other character, because people don't see it, else the length. Nothing is repaired."""
+    """The VIN in capitals, without what is around it. Raises unless it is 17 ASCII letters and digits: the error names
+    the first other character, because it may be invisible, else the length. No character is corrected."""
     vin = unwrap(given)
     if wrong := NOT_IN_VIN.search(vin):
         raise PydanticCustomError("vin", f"character {wrong.start() + 1:,} is U+{ord(wrong[0]):04X}, not A-Z or 0-9")
@@ -418,8 +418,8 @@ YEAR = re.compile(rf"({NO_YEAR})?|(?P<year>[0-9]{{4}})(\.0+)?")
 
 
 def normalize_model_year(given: object) -> str:
-    """The year as four digits, or "" if none is given, of whatever type: a list, CSV and a query have only text. Raises
-    unless a vehicle of today may have it."""
+    """The year as four digits, or "" if none is given. JSON may have a number; a list, CSV and a query have only text.
+    Raises unless the year is from 1980 to `last_model_year`."""
     last = last_model_year()
     text = unwrap(str(given)) if isinstance(given, str | int | float | None) and not isinstance(given, bool) else "?"
     found = YEAR.fullmatch(text)
@@ -430,11 +430,12 @@ def normalize_model_year(given: object) -> str:
 
 
 EXAMPLE = "1XPWD40X1ED215307"
+EXAMPLE_ITEMS = [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]  # of a batch
 
 
 def wrapped_pattern(value: str, edges: str = EDGES) -> str:
-    """This pattern with any of these characters around it, as the schema has it: without those beyond U+FFFF, because
-    not all languages have patterns for them."""
+    """The pattern, for the schema, of a value with any of the edge characters around it. Those beyond U+FFFF are left
+    out, because some languages have no patterns for them."""
     runs = groupby(enumerate(edges), lambda numbered: ord(numbered[1]) - numbered[0])
     ends = [(run[0][1], run[-1][1]) for run in ([*run] for _, run in runs)]
     edge = "".join(f"\\u{ord(first):04x}-\\u{ord(last):04x}" for first, last in ends if last <= "\uffff")
@@ -449,24 +450,25 @@ Vin = Annotated[
     WithJsonSchema(
         {
             "type": "string",
-            "description": "17 ASCII letters and digits; case is folded, and what spreadsheets leave around it goes:"
-            " blanks, invisible characters, quotes",
-            # Where /docs does not look: it would not send a wrong VIN, whose answer says what is wrong.
+            "description": "17 ASCII letters and digits, in capitals or not. Blanks, invisible characters and quotes"
+            " around it, as spreadsheets leave them, are removed",
+            # In `anyOf`, because /docs ignores that. Else /docs would not send a wrong VIN, and nobody would see in the
+            # answer what is wrong with it.
             "anyOf": [{"type": "string", "pattern": wrapped_pattern(VIN_PATTERN)}],
-            "example": EXAMPLE,  # `examples` would not fill the field there
+            "example": EXAMPLE,  # /docs fills its field from this, and not from `examples`
         }
     ),
 ]
 
 
-def describe_model_year(*kinds: dict[str, Any]) -> WithJsonSchema:
-    """The schema of a model year that is of one of these kinds. It is no enumeration of years, because a client that is
-    generated from one would age."""
+def describe_model_year(*types: dict[str, Any]) -> WithJsonSchema:
+    """The schema of a model year of one of these types. It does not list the years, because a client that is generated
+    from it would refuse later years."""
     return WithJsonSchema(
         {
-            "anyOf": [*kinds, {"type": "null"}],
+            "anyOf": [*types, {"type": "null"}],
             "description": "Where it is known: the VIN of most trucks, trailers and motorcycles means two years."
-            " null, 0, - and NA are none",
+            " null, 0, - and NA mean that it is not known",
             "examples": ["1994"],
         }
     )
@@ -490,8 +492,8 @@ DOUBT = (
     "The Model Year decoded for this VIN may be incorrect. If you know the Model year, please enter it and decode again"
 )
 
-# What is asked: a VIN, and the model year after a comma where it is given, which is vPIC's own form. An answer to one
-# question is none to another: with and without the year, vPIC may mean different vehicles.
+# A VIN; if a model year is given, a comma and the year follow, which is vPIC's own form. Each question has an answer of
+# its own, because vPIC may decode another vehicle if the year is given.
 Question = str
 
 
@@ -507,17 +509,21 @@ def model_year_of(question: Question) -> str:
     return question[18:]
 
 
-def refuse_unknown(given: Collection[str], known: Collection[str], what: str) -> None:
-    """Raises one error for all names that are not known, because an answer must not seem to honour what it ignores."""
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        named = ", ".join(ascii(name[:40]) + suggest_name(name, known) for name in unknown[:3])
-        more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
-        raise PydanticCustomError("unknown", "Unknown {what}: {named}", {"what": what, "named": named + more})
+def list_some(names: Sequence[str], describe: Callable[[str], str] = str) -> str:
+    """The first three of these names, and the number of the others."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(map(describe, names[:3])) + more
+
+
+def refuse_unknown(given: Collection[str], known: Collection[str], noun: str) -> None:
+    """Raises one error for all unknown names. They are not ignored, because a caller would believe in their effect."""
+    if unknown := [name for name in given if name not in known]:
+        names = list_some(unknown, lambda name: ascii(name[:40]) + suggest_name(name, known))
+        raise PydanticCustomError("unknown", "Unknown {noun}: {names}", {"noun": noun, "names": names})
 
 
 def describe_body(schema: dict[str, Any]) -> None:
-    """Other keys are refused. No default is given, because openapi-typescript would require a key that has one."""
+    """Say that other keys are refused. Leave out defaults: openapi-typescript would require a key that has one."""
     schema["additionalProperties"] = False
     for key in schema["properties"].values():
         key.pop("default", None)
@@ -547,7 +553,7 @@ class RemoveBody(Body):
 
 
 class BatchItem(Body):
-    """A row of a batch of JSON. The VIN and the year are checked later, because a bad one spoils only its own line."""
+    """A row of a batch of JSON. The VIN and the year are checked later, because a bad one must fail only its line."""
 
     vin: str
     model_year: Annotated[
@@ -555,7 +561,7 @@ class BatchItem(Body):
     ] = ""
 
 
-# With the discriminator pydantic says what is wrong with an object, and not that it is no string.
+# Without the discriminator, pydantic would report of a wrong object that it is not a string.
 Item = Annotated[
     Annotated[str, UnionTag("vin")] | Annotated[BatchItem, UnionTag("item")],
     Discriminator(lambda item: "vin" if isinstance(item, str) else "item"),
@@ -563,13 +569,12 @@ Item = Annotated[
 
 
 def check_items(given: object) -> object:
-    """Raises one error for all elements of a wrong type, because pydantic would make one of 2 kB for each."""
+    """Raises one error for all elements of a wrong type, because pydantic would report 2 kB for each of them."""
     if isinstance(given, list):
-        bad = [index for index, item in enumerate(given) if not isinstance(item, str | dict)]
+        bad = [str(index) for index, item in enumerate(given) if not isinstance(item, str | dict)]
         if bad:
-            more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
-            which = {"which": ", ".join(map(str, bad[:3])) + more}
-            raise PydanticCustomError("batch_item", "Neither a string nor an object with a vin: element {which}", which)
+            message = "Neither a string nor an object with a vin: element {numbers}"
+            raise PydanticCustomError("batch_item", message, {"numbers": list_some(bad)})
     return given
 
 
@@ -584,9 +589,7 @@ class Row(NamedTuple):
 class BatchBody(Body):
     """The body of a batch: VINs as strings, or as objects where a model year is known."""
 
-    vins: Annotated[list[Item], FailFast(), BeforeValidator(check_items)] = Field(
-        examples=[[EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]]
-    )
+    vins: Annotated[list[Item], FailFast(), BeforeValidator(check_items)] = Field(examples=[EXAMPLE_ITEMS])
     details: StrictBool = Field(False, description="With all that vPIC says, as `attributes` of each line")
 
     def rows(self) -> Iterator[Row]:
@@ -605,9 +608,9 @@ class Vehicle(BaseModel):
     cached_result: bool
     error_code: str = Field(examples=["0"], description="vPIC's codes, comma-separated")
     error_text: str = Field(examples=[CLEAN])
-    additional_error_text: str = Field(examples=[DOUBT], description="vPIC's doubts, of the model year above all")
+    additional_error_text: str = Field(examples=[DOUBT], description="vPIC's doubts, mostly about the model year")
     suggested_vin: str = Field(examples=[""])
-    possible_values: str = Field(examples=[""], description="What characters a wrong position could have had")
+    possible_values: str = Field(examples=[""], description="The characters that a wrong position may have")
     model_year_asked: str = Field(examples=[""], description="The model year that was asked for; empty: none")
     source: str = Field(examples=["vpic"], description="vpic, or offline: decoded without it")
     fetched_at: str = Field(examples=["2026-11-21T20:54:00Z"])
@@ -617,7 +620,7 @@ class Vehicle(BaseModel):
 
 
 class BatchLine(Vehicle):
-    """A line of a batch. All fields are there in every line; those of which nothing is known are empty."""
+    """A line of a batch. Every line has all fields; a field is empty if nothing is known of it."""
 
     status: int = Field(examples=[200], description="The status that /lookup would answer with")
     detail: str = Field(examples=[""], description="The sentence of an error")
@@ -658,7 +661,7 @@ class Problem(BaseModel):
 
 
 class VinProblem(Problem):
-    """vPIC can't be used, nor anything in its place."""
+    """vPIC can't be used, and there is neither an expired row nor an offline decoding in its place."""
 
     vin: str = Field(examples=[EXAMPLE])
 
@@ -675,8 +678,8 @@ class Invalid(BaseModel):
     detail: list[Fault]
 
 
-# What vPIC says of one VIN, by our names; empty where it has no data. `attributes` has all else that it says, under its
-# own names: a JSON object.
+# The fields that vPIC decodes from one VIN, by our names; a field is empty if vPIC has no data for it. `attributes` is
+# a JSON object with all its other fields, by vPIC's names.
 Words = dict[str, str]
 
 
@@ -690,10 +693,10 @@ UNDECODABLE = cast(str, Undecodable.model_fields["detail"].default)
 
 
 class LineForm(NamedTuple):
-    """What a line of a batch is: JSON text, or its values in a list, for CSV; and whether it has the attributes."""
+    """The form of the lines of a batch."""
 
-    is_csv: bool
-    details: bool
+    is_csv: bool  # a line is a list of values, else JSON text
+    details: bool  # a line has the attributes
 
     @property
     def names(self) -> list[str]:
@@ -705,7 +708,7 @@ Line = str | list[Any]
 
 
 def make_line(form: LineForm, status: int, fields: dict[str, Any], detail: str, attributes: str = "{}") -> Line:
-    """The line of a batch that says this of a VIN. Fields that are not given are empty; `attributes` is JSON."""
+    """A line of a batch. Fields that are not given are empty; `attributes` is JSON text."""
     line = dict.fromkeys(form.names, "") | {"cached_result": False} | fields | {"status": status, "detail": detail}
     if form.is_csv:
         line["cached_result"] = str(line["cached_result"]).lower()
@@ -716,23 +719,22 @@ def make_line(form: LineForm, status: int, fields: dict[str, Any], detail: str, 
 def to_json(value: object) -> str:
     try:
         return pydantic_core.to_json(value).decode()  # takes a third of the time of json.dumps
-    except pydantic_core.PydanticSerializationError:  # a text that was sent has half of a surrogate pair
+    except pydantic_core.PydanticSerializationError:  # a text from a client has half of a surrogate pair
         return json.dumps(value, separators=(",", ":"))
 
 
 class Answer(NamedTuple):
-    """What a lookup says: an HTTP status (200 or 404), the body as JSON text, how it came about, and (unix seconds)
-    since when it is known and until when it will not change by itself; 0 if it may at any time."""
+    """The answer of a lookup; times are unix seconds."""
 
-    status: int
-    body: str
-    outcome: str
-    fetched_at: int
-    fresh_until: int
+    status: int  # of the response: 200 or 404
+    body: str  # JSON text
+    outcome: str  # a key of X_CACHE
+    fetched_at: int  # when vPIC or the offline data gave the answer
+    fresh_until: int  # until then only a removal can change the answer; 0: it may change at any time
 
 
 class Record(NamedTuple):
-    """A row of `vehicles`: its columns in their order; and the attributes that belong to it, None where not kept."""
+    """A row of `vehicles`: its columns in their order; and its attributes, None if they are not stored."""
 
     vin: str
     model_year_asked: str
@@ -765,7 +767,7 @@ class Record(NamedTuple):
         return is_fresh and (self.attributes is not None or not details)
 
     def fields(self, outcome: str) -> dict[str, Any]:
-        """What there is to say of the VIN. `find_cached` makes the same of a row, in SQL."""
+        """The fields of an answer. FIELDS_SQL makes the same of a row in SQL."""
         fields = {name: getattr(self, name, None) for name in FIELDS}
         if not self.decoded:
             fields |= dict.fromkeys(DECODED_FIELDS, "")
@@ -1217,7 +1219,7 @@ SELECT (SELECT application_id FROM pragma_application_id),
 """
 
 # By the schema version of a database: the statements before those of schema.sql, and the statements after them. All
-# are one transaction, so that a process that is killed meanwhile leaves the database as it was.
+# are one transaction. So if the process is killed meanwhile, the database stays as it was.
 MIGRATE = {
     0: ("DROP TABLE IF EXISTS vehicles", ""),
     1: (
@@ -1239,7 +1241,7 @@ INSERT INTO guard SELECT user_version, %d FROM pragma_user_version;
 DROP TABLE guard;
 """
 
-# The fields of an answer in SQL. `Record.fields` makes the same of a row.
+# The fields of an answer in SQL. `Record.fields` makes the same of a record.
 FIELDS_SQL = (
     {name: name for name in FIELDS}
     | {name: f"iif(decoded, {name}, '')" for name in DECODED_FIELDS}
@@ -1247,8 +1249,9 @@ FIELDS_SQL = (
 )
 STATUS = "iif(decoded, 200, 404)"
 DETAIL = f"iif(decoded, '', '{UNDECODABLE}')"
-# When a row expires. What vPIC said before `:fresh_since` expires now, unless it expires within `:stale_ttl` anyway. So
-# a row that was claimed, or that vPIC failed for, is left alone for `:stale_ttl`.
+# When a row expires. If vPIC's answer is older than `:fresh_since`, the row expires now. But if it would expire within
+# `:stale_ttl` anyway, it may have been claimed, or vPIC may have failed for it: then its time stands, because vPIC must
+# not be asked for it again before.
 EXPIRES_AT = """iif(source = 'vpic' AND fetched_at < :fresh_since AND expires_at > :now + :stale_ttl + 1,
   CAST(:now AS INTEGER), expires_at)"""
 # A row from vPIC is also served during the grace. An offline row is served until vPIC's answer replaces it.
@@ -1262,7 +1265,8 @@ def json_object(fields: dict[str, str]) -> str:
 
 
 def find_cached(columns: str, details: bool) -> str:
-    """The statement that selects the served rows of `:questions`. SQLite writes JSON faster than Python would."""
+    """The statement that selects these columns of the rows of `:questions` that may be served. The columns are JSON
+    already, because SQLite writes it faster than Python would."""
     # CROSS JOIN, because SQLite then looks up each question and does not read the whole table.
     return f"""
     SELECT asked.value, {columns}
@@ -1311,8 +1315,8 @@ SNAPSHOT_WITH_DETAILS = f"""
 SELECT {", ".join(COLUMNS)}, coalesce(attributes, '') AS attributes FROM records
 """  # noqa: S608 - as above
 
-# Stores records. Each has as its last value the removal of its VIN that was read before vPIC was asked. If the VIN was
-# removed since then, the record is not stored. A record that was decoded offline never replaces a row from vPIC.
+# Stores records. The last value of each record is the `removed_at` of its VIN, as it was before vPIC was asked. If the
+# VIN was removed since then, the record is not stored. A record that was decoded offline never replaces one from vPIC.
 STORE = f"""
 INSERT INTO records ({", ".join(Record._fields)})
 SELECT {", ".join(f"value ->> {index}" for index in range(len(Record._fields)))}
@@ -1322,9 +1326,9 @@ WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {le
     SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND model_year_asked = value ->> 1 AND source = 'vpic'))
 """  # noqa: S608 - as above
 
-# A row that was decoded offline is unconfirmed: from its `expires_at` on, vPIC is asked for it. A row in its grace that
-# was served is refreshed. Before a process asks vPIC for such rows, it claims them: it selects them and sets a later
-# `expires_at`, so that no other process asks for them too, and nobody asks too often if vPIC does not answer.
+# A row that was decoded offline is unconfirmed: from its `expires_at` on, vPIC is asked for it. A row that was served
+# in its grace is refreshed. Before a process asks vPIC for such rows, it claims them: one statement selects them and
+# sets a later `expires_at`. So no other process asks for them too, and if vPIC fails, it is not asked again at once.
 UNCONFIRMED = "SELECT count(*), count(*) FILTER (WHERE expires_at <= ?) FROM vehicles WHERE source = 'offline'"
 
 
@@ -1345,14 +1349,14 @@ def claim_expired(count: int) -> str:
     """The statement that claims, of the rows of the questions `:q0`, `:q1` and so on, those that have expired."""
     names = [f":q{index}" for index in range(count)]
     vins = ", ".join(f"substr({name}, 1, 17)" for name in names)
-    # No json_each, because rqlite then returns no rows. The first condition finds the rows by the primary key.
+    # Without json_each, because rqlite would return no rows. The first condition finds the rows by the primary key.
     return claim(f"""vehicles
     WHERE vin IN ({vins}) AND rtrim(vin || ',' || model_year_asked, ',') IN ({", ".join(names)})
       AND source = 'vpic' AND {EXPIRES_AT} <= :now""")
 
 
 # `removed_at` grows with each removal of a VIN, whatever the clocks of several machines say, and also if the statement
-# is carried out twice. So a call to vPIC that began before a removal always finds another value than it read.
+# is carried out twice. So after a removal, a call to vPIC that began before it finds another value than it read.
 REMOVAL = """
 INSERT INTO removals (vin, removed_at) VALUES (?, ?)
 ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.removed_at)
@@ -1360,13 +1364,13 @@ ON CONFLICT (vin) DO UPDATE SET removed_at = max(removed_at + 1, excluded.remove
 REMOVE = "DELETE FROM vehicles WHERE vin = ? RETURNING vin"
 REMOVED_AT = "SELECT removed_at FROM removals WHERE vin = ?"
 FORGET_REMOVALS = "DELETE FROM removals WHERE removed_at < ?"
-REMOVALS_KEPT_S = 3600  # longer than any call to vPIC takes that began before the removal
+REMOVALS_KEPT_S = 3600  # longer than a call to vPIC takes, because a call that began before a removal must find it
 
 CLOCK = "SELECT unixepoch()"
 CLOCK_TOLERANCE_S = 60  # a larger difference between this machine's clock and the store's is a warning
 
-# Takes the lease of the sweep, and returns a row to the process that has got it. The parameters are until when, and the
-# next second: a lease that lasts longer than this one would was taken with a wrong clock and does not count.
+# Takes the lease of the sweep, if no other process has it; then it returns a row. The parameters are the end of the new
+# lease, and the next second. A lease that ends later than the new one was taken with a wrong clock, so it is replaced.
 LEASE_SWEEP = """
 INSERT INTO leases (work, leased_until) VALUES ('sweep', ?)
 ON CONFLICT (work) DO UPDATE SET leased_until = excluded.leased_until
@@ -2131,13 +2135,13 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
 
 
 # ======================================================================================================================
-# Cache: one method for each thing that is done with the statements. A read that fails finds nothing. A write that fails
-# raises CacheUnavailable.
+# Cache: one method for each use of the statements. A read that fails returns no rows. A write that fails raises
+# CacheUnavailable.
 # ======================================================================================================================
 
 CANNOT_WRITE = "The cache cannot be written at the moment; ask again later."
 READ_TIMEOUT_S = 5  # a read that takes longer fails; it is longer than CLUSTER_TIMEOUT_S
-WRITE_TIMEOUT_S = 60  # after which nobody waits for a write any longer, because the disk hangs; the write may go on
+WRITE_TIMEOUT_S = 60  # a write that takes longer counts as failed, because the disk hangs; it may still be carried out
 # If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
 # begins at once, because turns are long then and the statement is large enough.
 MERGE_MAX = 16
@@ -2177,7 +2181,7 @@ class Cache:
             raise CacheUnavailable(503, CANNOT_WRITE, ask_again(5)) from fault
 
     async def _wait_for(self, rows: Awaitable[Rows], seconds: float, outage: Outage) -> Rows:
-        """The rows. Their duration goes to the metrics, an outage to the log. Raises StoreFault, also if late."""
+        """The rows. The duration goes to the metrics, an outage to the log. Raises StoreFault, also after `seconds`."""
         started, outcome = time.perf_counter(), "failed"
         try:
             async with asyncio.timeout(seconds):
@@ -2196,10 +2200,11 @@ class Cache:
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
         if self._answering is None:
-            self._answering = asyncio.create_task(self._answer())
+            self._answering = asyncio.create_task(self._answer_hits())
         return answer
 
-    async def _answer(self, turns: int = 0) -> None:
+    async def _answer_hits(self, turns: int = 0) -> None:
+        """Answer the waiting hits with one statement, after so many turns of the event loop."""
         for _ in range(turns):
             if len(self._waiting) < MERGE_MAX:
                 await asyncio.sleep(0)
@@ -2207,16 +2212,16 @@ class Cache:
         found: dict[Question, Answer] = {}
         try:
             found = await self.answers([question for question, _ in waiting])
-        finally:  # also after an error, because a caller would else wait for ever
+        finally:  # also after an error, because the callers would else wait for ever
             for question, answer in waiting:
-                if not answer.done():  # its caller has not left
+                if not answer.done():  # it is done if its caller has left
                     answer.set_result(found.get(question))
             # The next statement lets the loop run for two turns: the requests that were just answered send their
             # responses, and new ones come and share the statement. That makes 20 % more hits a second.
-            self._answering = asyncio.create_task(self._answer(turns=2)) if self._waiting else None
+            self._answering = asyncio.create_task(self._answer_hits(turns=2)) if self._waiting else None
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
-        """The cached answers. With `details`, only those that have `attributes`."""
+        """The cached answers. With `details`, only those whose row has attributes."""
         rows = await self._cached(ANSWERS[details], questions)
         return {row[0]: Answer._make(row[1:]) for row in rows}
 
@@ -2229,7 +2234,7 @@ class Cache:
         return await self._read(statement, self._parameters(questions) | {"grace": self._settings.grace})
 
     def _parameters(self, questions: Sequence[Question]) -> dict[str, Any]:
-        """What EXPIRES_AT needs, and the questions."""
+        """The parameters of EXPIRES_AT, and the questions."""
         since = self._settings.fresh_since
         return {
             "questions": json.dumps(questions),
@@ -2239,7 +2244,7 @@ class Cache:
         }
 
     async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
-        """The rows of these questions, fresh or not; and of all questions the last removal of the VIN."""
+        """The rows of these questions, fresh or not; and for each question the last removal of its VIN, or None."""
         rows = await self._read(RECORDS, self._parameters(questions))
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
@@ -2263,8 +2268,8 @@ class Cache:
         return await self._claim(CLAIM_UNCONFIRMED, {"now": now, "most": most}, now + self._settings.offline_ttl)
 
     async def claim_expired(self, questions: Sequence[Question]) -> list[Question]:
-        """Of these questions those whose row from vPIC has expired. It counts as fresh for `stale_ttl`, so that no
-        process claims it again."""
+        """Of these questions those whose row from vPIC has expired. The row counts as fresh for `stale_ttl`, so that no
+        process claims it again in that time."""
         claimed: list[Question] = []
         for some in (questions[start : start + CLAIM_MOST] for start in range(0, len(questions), CLAIM_MOST)):
             parameters = self._parameters(some) | {f"q{index}": question for index, question in enumerate(some)}
@@ -2282,7 +2287,8 @@ class Cache:
         """Remove the rows of a VIN, and prevent calls under way from storing one. Returns whether there was a row.
 
         Raises CacheUnavailable. A file has then not changed; in a cluster the rows may have been removed."""
-        # One transaction, because a lookup that reads between the two would take the old row for one after the removal.
+        # One transaction, because a lookup that reads between the two statements would find the new removal and the old
+        # row, and take the row for one that was stored after the removal.
         now = await self._clock() or int(time.time())
         return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,)), settle=True))
 
@@ -2292,8 +2298,8 @@ class Cache:
         return rows[0][0] if rows else None
 
     async def sweep(self, keep_expired: float) -> None:
-        """Without end, delete the rows that expired more than `keep_expired` seconds ago, 1,000 rows at a time. Of the
-        processes that share the cache, one does so for all."""
+        """Without end, delete the rows that expired more than `keep_expired` seconds ago, 1,000 rows at a time. The
+        process that has the lease does so for all that share the cache."""
         period = math.ceil(min(3600, keep_expired / 10))
         while True:
             with suppress(CacheUnavailable):
@@ -2303,7 +2309,7 @@ class Cache:
             await asyncio.sleep(period)
 
     async def _sweep_once(self, clock: int, keep_expired: float, period: int) -> None:
-        now = min(clock, time.time())  # the store's clock may be wrong too
+        now = min(clock, time.time())  # the earlier one, because either clock may be wrong
         last, cutoff = "", now - keep_expired
         began = extended = time.monotonic()
         rows = expired = 0
@@ -2314,7 +2320,7 @@ class Cache:
             rows += more_rows - deletable
             expired += more_expired - deletable
             last = upto
-            await asyncio.sleep(0.05)  # for lookups
+            await asyncio.sleep(0.05)  # so that lookups can use the store
             if time.monotonic() - extended > period / 2:  # a large table takes longer than the lease
                 extended = time.monotonic()
                 await self._write((EXTEND_SWEEP, (math.ceil(clock + extended - began + period),)))
@@ -2326,8 +2332,8 @@ class Cache:
             size_gauge.set(size)
 
     async def _clock(self) -> int | None:
-        """The store's clock (unix seconds), or None if it can't be read. Deletions use it, because the clock of one of
-        many machines may be wrong by days. The log of that machine says so."""
+        """The store's clock (unix seconds), or None if it can't be read. Deletions use it, because one of many machines
+        may have a clock that is wrong by days. If it is this machine's, the log says so."""
         rows = await self._read(CLOCK, ())
         if not rows:
             return None
@@ -3577,7 +3583,6 @@ LIST_CHARACTERS = 1000  # the longest line of a list; if a line is longer, the f
 ROW_CHARACTERS = 2**15  # the longest row of CSV; some hundred rows are in memory at once
 PROGRESS_S = 60  # the log says so often how many lines of a batch were answered
 
-UPLOAD_THREADS = 32
 STEP_CHARACTERS = 2**14  # a thread reads so many, in some 0.3 ms, and then pauses
 LINE_COST = 31  # characters that are added for each line, because an empty line takes time too
 PAUSE_S = 1e-5  # not 0, because the thread would then take Python's lock again before another thread wakes up
@@ -3601,13 +3606,8 @@ BYTE_ORDER_MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-# The encoding of a file without a mark, by the bytes of four that are most often NUL, because most of a file is ASCII.
-WIDE_ENCODINGS: dict[tuple[bool, ...], str] = {
-    (False, True, False, True): "utf-16-le",
-    (True, False, True, False): "utf-16-be",
-    (False, True, True, True): "utf-32-le",
-    (True, True, True, False): "utf-32-be",
-}
+# The encoding of a file without a mark, by those of four bytes that are often NUL (0), because most of a file is ASCII.
+WIDE_ENCODINGS = {"-0-0": "utf-16-le", "0-0-": "utf-16-be", "-000": "utf-32-le", "000-": "utf-32-be"}
 DETECTION_BYTES = 4096  # the encoding is detected from so many bytes at the beginning of a file
 
 CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^\s;\"']+)", re.I)
@@ -3646,7 +3646,7 @@ def media_type(header: str) -> str:
     return header.partition(";")[0].strip().lower()
 
 
-upload_threads = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
+upload_threads = ThreadPoolExecutor(32, "upload")
 upload_lock = threading.Lock()  # only the upload thread that holds it reads, so a lookup waits for one step of one
 
 
@@ -3771,6 +3771,7 @@ class LayoutFinder:
         if re.fullmatch("[1-9][0-9]{0,4}", column):
             return self._layout_by_number(int(column) - 1)
         first = self.lines[0]
+        # One long line with a VIN and without a line end: curl -d has removed the line ends.
         if len(self.lines) == 1 and first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
             raise self._invalid(0, ONE_VIN_A_LINE)
         if names := self._find_names(column):
@@ -3888,21 +3889,21 @@ class Fleet:
 
     If the file is closed while a thread reads it, the thread ends with a ValueError."""
 
-    def __init__(self, file: BinaryIO, encoding: str, kind: str, vin_column: str = "") -> None:
+    def __init__(self, file: BinaryIO, encoding: str, mime_type: str, vin_column: str = "") -> None:
         # Whether the answer in CSV begins with a byte order mark: Excel reads a file without one as Windows-1252.
         self.needs_mark = encoding != "utf-8"
         self._encoding = encoding
         # A byte that can't be decoded becomes a lone surrogate, and `_lines` then names the line that has it.
         errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
-        if kind != CSV:
+        if mime_type != CSV:
             self._refuse_json()
         self._number = 0  # the number of the line that was read last
         self._left = STEP_CHARACTERS  # the characters until the next pause
         with upload_lock:
             finder = LayoutFinder(self._lines(ROW_CHARACTERS))
             self.layout = finder.find_layout(vin_column) if finder.lines else None  # None: a list, one VIN a line
-            self.form = CSV if self.layout or kind == CSV else JSONL  # the form of the answer
+            self.form = CSV if self.layout or mime_type == CSV else JSONL  # the form of the answer
             self.count = sum(1 for _ in self.rows())
 
     def next_rows(self, rows: Iterator[Row], most: int) -> list[Row]:
@@ -3930,7 +3931,7 @@ class Fleet:
         are cut off. Raises a 422 if a value beyond the columns is not blank."""
         missing = layout.columns - len(values)
         if any(value.strip(EDGES) for value in values[layout.columns :]):
-            raise self._invalid(f"{len(values)} columns, but only {layout.columns} have names")
+            raise invalid_line(self._number, f"{len(values)} columns, but only {layout.columns} have names")
         values += [""] * missing
         return text + layout.separator * missing if missing > 0 else text.rsplit(layout.separator, -missing)[0]
 
@@ -3955,7 +3956,7 @@ class Fleet:
         except csv.Error as error:
             self._number -= len(parts) - 1
             cause = str(error).replace("unexpected end of data", "a quote that opens here is not closed")
-            raise self._invalid(cause) from None
+            raise invalid_line(self._number, cause) from None
 
     def _lines(self, most: int) -> Iterator[str]:
         """The lines with their line ends. Raises a 422 if one has more than `most` characters, or can't be decoded. The
@@ -3969,12 +3970,12 @@ class Fleet:
             except UnicodeError:
                 self._number += 1
                 tried = "UTF-8, UTF-16 or Windows-1252" if self._encoding == "cp1252" else self._encoding.upper()
-                raise self._invalid(f"not text in {tried}") from None
+                raise invalid_line(self._number, f"not text in {tried}") from None
             if not line:
                 return
             self._number += 1
             if len(line) > most:
-                raise self._invalid(f"more than {most:,} characters: {ONE_VIN_A_LINE}")
+                raise invalid_line(self._number, f"more than {most:,} characters: {ONE_VIN_A_LINE}")
             self._left -= len(line) + LINE_COST
             if self._left <= 0:
                 self._left = STEP_CHARACTERS
@@ -3990,9 +3991,6 @@ class Fleet:
             if UNTYPED_JSON.match(self._text.read(100).lstrip(EDGES)):
                 raise invalid("content_type", ("body",), SEND_JSON)
 
-    def _invalid(self, fault: str) -> RequestValidationError:
-        return invalid_line(self._number, fault)
-
 
 VinColumn = Annotated[
     str, Query(description="Of a CSV file the column that has the VINs: its name, or its number from 1")
@@ -4005,8 +4003,8 @@ async def receive_file(request: Request, vin_column: VinColumn = "") -> AsyncIte
 
     Raises a 503 if it can't be kept, a 415 if it is compressed, a 422, and a 499 if the client hangs up."""
     content_type = request.headers.get("content-type", "")
-    kind = media_type(content_type)
-    if kind.startswith("multipart/"):
+    mime_type = media_type(content_type)
+    if mime_type.startswith("multipart/"):
         raise invalid("content_type", ("body",), SEND_NO_FORM)
     charset, folder = named_encoding(content_type), request.state.settings.upload_folder
     file: BinaryIO | None = None
@@ -4018,7 +4016,7 @@ async def receive_file(request: Request, vin_column: VinColumn = "") -> AsyncIte
             log.warning("upload failed: %s", error)
             cause = f"The file cannot be kept ({reason(error)}); send it again later."
             raise HTTPException(503, cause, ask_again(60)) from None
-        opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, kind, vin_column))
+        opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, mime_type, vin_column))
         try:
             while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
                 if await request.is_disconnected():
@@ -4055,8 +4053,8 @@ async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO, charset: 
             return by_mark
     if charset not in ("", "utf-16", "utf-32"):
         return charset
-    # Which of four bytes are NUL in more than a quarter of all cases.
-    nuls = tuple(beginning[place::4].count(0) * 16 > len(beginning) for place in range(4))
+    often = len(beginning) / 16  # a quarter of the bytes at one of four places
+    nuls = "".join("0" if beginning[place::4].count(0) > often else "-" for place in range(4))
     return WIDE_ENCODINGS.get(nuls, encoding)
 
 
@@ -4793,19 +4791,19 @@ app = FastAPI(
     summary="Decodes VINs with NHTSA's vPIC, once, and remembers the answer.",
     lifespan=lifespan,
     exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
-    openapi_url=None,  # both have a route of their own below
+    openapi_url=None,  # because /openapi.json and /docs have their own routes below
     docs_url=None,
     generate_unique_id_function=lambda route: route.name,  # the operation's id, of which clients make a function's name
     redirect_slashes=False,  # `answer_without_route` redirects, to relative addresses
 )
 app.router.route_class = TaggedRoute
-app.add_middleware(Middleware, routes=app.routes)  # it is made at the start, when all routes are there
+app.add_middleware(Middleware, routes=app.routes)  # FastAPI makes it at the start, when it has all routes
 
 Responses = dict[int | str, dict[str, Any]]
 
 
 def error(description: str, detail: str, **fields: str) -> dict[str, Any]:
-    """What the schema says of an error, with its `detail`, and the fields beside it, as an example."""
+    """An error in the schema, with its `detail` and the fields beside it as an example."""
     schema = {"$ref": f"#/components/schemas/{(VinProblem if fields else Problem).__name__}"}
     content = {"application/json": {"schema": schema, "example": {"detail": detail, **fields}}}
     return {"description": description, "content": content}
@@ -4827,7 +4825,7 @@ LOOKUP_ERRORS: Responses = {
     503: error("vPIC refuses, or is not asked; Retry-After says when", LEFT_ALONE.detail, vin=EXAMPLE),
     504: error("vPIC did not answer in time", TOO_LATE.detail, vin=EXAMPLE),
 }
-NO_PATH: Responses = {
+LOOKUP_BY_PATH_ERRORS = LOOKUP_ERRORS | {
     404: {"model": Undecodable | Problem, "description": "Undecodable, or the path has a control character in it"}
 }
 UNCHANGED: Responses = {304: {"description": "The client has it already, as If-None-Match says"}}
@@ -4840,41 +4838,34 @@ def errors(*statuses: int) -> Responses:
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-def texts(**examples: str) -> dict[str, Any]:
-    """What the schema says of bodies that are text, by their form."""
-    types = {"csv": CSV, "jsonl": JSONL, "text": TEXT}
-    return {types[form]: {"schema": {"type": "string"}, "example": example} for form, example in examples.items()}
+def text_body(example: str) -> dict[str, Any]:
+    """A body of text in the schema."""
+    return {"schema": {"type": "string"}, "example": example}
 
 
-def taken(example: Any, **files: str) -> dict[str, Any]:
-    """What the schema says of a body: an example of its JSON, with which /docs fills the field, and of a file."""
-    content = {JSON: {"example": example}}
-    if not files:
-        return {"requestBody": {"content": content}}
-    content |= {"application/octet-stream": BINARY} | texts(**files)  # for the former /docs has a file chooser
-    return {"requestBody": {"content": content, "required": False}}  # a file may be empty
-
-
+BATCH_BODIES = {
+    JSON: {"example": {"vins": EXAMPLE_ITEMS}},
+    "application/octet-stream": BINARY,  # /docs has a file chooser for this type only
+    TEXT: text_body(f"{EXAMPLE}\n4ENGAAA85R1000007,1994\n"),
+    CSV: text_body(f"unit,vin,model year\r\n7,{EXAMPLE},\r\n8,4ENGAAA85R1000007,1994\r\n"),
+}
 # JSON is the first, because /docs and generated clients ask for the first.
 LINES_SENT: Responses = {
     200: {
         "model": list[BatchLine],
         "content": {
             JSON: {},
-            **texts(
-                csv="vin,decoded_status,decoded_vin,decoded_make\r\n",
-                jsonl=f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}',
-            ),
+            CSV: text_body("vin,decoded_status,decoded_vin,decoded_make\r\n"),
+            JSONL: text_body(f'{{"status": 200, "vin": "{EXAMPLE}", "make": ...}}'),
         },
         "description": "One line per VIN, in the order given: `status`, what /lookup answers, and an error's `detail`."
         " A CSV file is answered in CSV, all else in JSON Lines, unless `Accept` names one of these types."
         " X-Total-Count is the number of lines",
     }
 }
-FILE: dict[str, Any] = {"content": {PARQUET: BINARY}}
 FILE_SENT: Responses = {
-    200: FILE | {"description": "The file"},
-    206: FILE | {"description": "A part of it, as Range asks"},
+    200: {"content": {PARQUET: BINARY}, "description": "The file"},
+    206: {"content": {PARQUET: BINARY}, "description": "A part of it, as Range asks"},
     400: {"description": "Range is not a range"},
     412: {"description": "It is not what If-Match names"},
     416: {"description": "The file does not have this range"},
@@ -4882,8 +4873,8 @@ FILE_SENT: Responses = {
 
 
 def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
-    """For how many seconds this caller waits for vPIC, by `Prefer: wait=N` (RFC 7240) or else by the settings; and the
-    header that says that the preference was applied."""
+    """How many seconds this caller waits for vPIC: by `Prefer: wait=N` (RFC 7240), else by the settings. And the header
+    that says that the preference was applied."""
     settings: Settings = request.state.settings
     preferences = ",".join(request.headers.getlist("prefer"))
     if wait := PREFER_WAIT.search(preferences):  # the first one counts
@@ -4917,7 +4908,7 @@ async def look_up(request: Request, question: Question, details: bool) -> Respon
 
 
 class SnapshotResponse(FileResponse):
-    """A snapshot, or what the request wants of it."""
+    """The response with a snapshot, or with the part of it that the request asks for."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -4926,7 +4917,7 @@ class SnapshotResponse(FileResponse):
             headers={
                 "ETag": snapshot.etag,
                 "Last-Modified": formatdate(snapshot.taken, usegmt=True),
-                "Cache-Control": "private, no-cache",  # a plain GET is promised a new one
+                "Cache-Control": "private, no-cache",  # because a plain GET must get a new snapshot
             },
             media_type=PARQUET,
             filename=f"vincache-{datetime.fromtimestamp(snapshot.taken, UTC):%Y%m%dT%H%M%SZ}.parquet",
@@ -4940,7 +4931,7 @@ class SnapshotResponse(FileResponse):
         finally:
             self._snapshot.readers -= 1
             self._snapshot.used = time.monotonic()
-            del self._snapshot  # now: after a disconnect this object is in a reference cycle, and gc runs rarely
+            del self._snapshot  # because after a disconnect a reference cycle would keep it, and gc runs rarely
 
 
 # Of a header like `respond-async, wait=10`; the value may be quoted.
@@ -4950,18 +4941,17 @@ Compression = Annotated[Literal["zstd", "snappy", "none"], Query(description="sn
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 LOOKUP_ROUTE: dict[str, Any] = {"tags": ["lookup"], "summary": "Decode a VIN", "response_model": Vehicle}
+LOOKUP_EXAMPLE = {"requestBody": {"content": {JSON: {"example": {"vin": EXAMPLE}}}}}  # /docs fills its field with it
 
 
-@app.get("/lookup/{vin}", operation_id="lookup_by_path", responses=LOOKUP_ERRORS | NO_PATH | UNCHANGED, **LOOKUP_ROUTE)
+@app.get("/lookup/{vin}", operation_id="lookup_by_path", responses=LOOKUP_BY_PATH_ERRORS | UNCHANGED, **LOOKUP_ROUTE)
 @app.get("/lookup", responses=LOOKUP_ERRORS | UNCHANGED, **LOOKUP_ROUTE)
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return await look_up(request, ask(vin, model_year), details)
 
 
-@app.post(
-    "/lookup", responses=LOOKUP_ERRORS | errors(400, 413, 415), openapi_extra=taken({"vin": EXAMPLE}), **LOOKUP_ROUTE
-)
+@app.post("/lookup", responses=LOOKUP_ERRORS | errors(400, 413, 415), openapi_extra=LOOKUP_EXAMPLE, **LOOKUP_ROUTE)
 async def lookup_post(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
     return await look_up(request, ask(body.vin, body.model_year), body.details)
@@ -5001,7 +4991,7 @@ app.routes.append(FileRoute("/lookup/batch", lookup_file, methods=["POST"], tags
 async def answer_batch(
     request: Request, rows: Iterator[Row], count: int, details: bool, form: str, fleet: Fleet | None = None
 ) -> StreamingResponse:
-    """A line for each of so many rows, in this form unless `Accept` names another one."""
+    """The response with a line for each of `count` rows, in this form unless `Accept` names another one."""
     access: Access = request.state.access
     access.check_size("lookup", count)
     await access.count(request.scope, "lookup", count - 1)  # the middleware has counted one
@@ -5022,16 +5012,12 @@ async def answer_batch(
     summary="Decode many VINs",
     response_class=StreamingResponse,
     responses=LINES_SENT | errors(400, 413, 415, 422, 503),
-    openapi_extra=taken(
-        {"vins": [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]},
-        text=f"{EXAMPLE}\n4ENGAAA85R1000007,1994\n",
-        csv=f"unit,vin,model year\r\n7,{EXAMPLE},\r\n8,4ENGAAA85R1000007,1994\r\n",
-    ),
+    openapi_extra={"requestBody": {"content": BATCH_BODIES, "required": False}},  # not required: a file may be empty
 )
 async def lookup_batch(
     body: BatchBody, request: Request, details: Details = False, vin_column: VinColumn = ""
 ) -> StreamingResponse:
-    """Decode many VINs. Lines stream as soon as each can be told; a bad VIN spoils only its own."""
+    """Decode many VINs. Each line is sent as soon as it is known. A bad VIN is an error in its own line only."""
     if vin_column:
         raise invalid("vin_column", ("query", "vin_column"), "JSON has no columns; vin_column is for a file")
     limit = request.state.settings.batch_limit
@@ -5067,8 +5053,8 @@ async def remove_post(body: RemoveBody, request: Request) -> Removed:
 async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
     """Download the whole cache as one Parquet file: every row, expired and undecodable ones too.
 
-    A plain GET is a new snapshot. HEAD, Range and If-None-Match see one of the last minute, and a client that has begun
-    with a snapshot goes on in it. Also as /export.parquet."""
+    A plain GET builds a new snapshot. HEAD, Range and If-None-Match use one of the last minute. A client that has got a
+    part of a snapshot gets the other parts of the same one. Also as /export.parquet."""
     exporter: Exporter = request.state.exporter
     kind = ExportKind(compression, details)
     address = client_network(request.client.host if request.client else "unknown")
@@ -5078,7 +5064,7 @@ async def export(request: Request, compression: Compression = "zstd", details: D
     if snapshot is None:
         await request.state.access.count(request.scope, "export", 1)
         snapshot = exporter.queue(kind, client)
-        if RESUMES.match(request.headers.get("range", "")):  # what the client has is a part of another file
+        if RESUMES.match(request.headers.get("range", "")):  # the client has a part of another snapshot: send all
             request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
     await asyncio.shield(snapshot.ready)
     response = SnapshotResponse(snapshot)
@@ -5131,7 +5117,7 @@ async def index() -> RedirectResponse:
 
 
 def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
-    """The schema as it is with these settings: which routes need the key, and the numbers of the limits."""
+    """The schema with these settings: the routes that need the key, and the limits."""
     schema = deepcopy(app.openapi())
     for operation in [operation for operations in schema["paths"].values() for operation in operations.values()]:
         tag, responses = operation["tags"][0], operation["responses"]
@@ -5194,7 +5180,7 @@ async def docs_file(file: str, request: Request) -> Response:
     return await PAGES.get_response(file, request.scope)
 
 
-# Already at the import, so that uvicorn's first lines have the form too. The lifespan reports a bad setting.
+# At the import, so that uvicorn's first lines of the log have our form too. A bad setting is reported by the lifespan.
 try:
     first = read_settings()
     open_log(first.log, first.log_vins)
