@@ -3689,7 +3689,7 @@ VIN_NAME = re.compile("(vin|vehicleidentification)(number|num|no|nr)")
 # The word VIN, also as a part of vehicleVin and VINCode, but not of Vinyl.
 VIN_WORD = re.compile(r"(?:(?<![A-Za-z])|(?<=[a-z])(?=V))(?:VIN[Ss]?|[Vv]ins?)(?:(?![A-Za-z])|(?=[A-Z][a-z]))")
 
-# What the name of a column may be, the best first.
+# Tests of a column's name, the strictest first. The rank of a name is the index of the first test that it passes.
 Ranks = Sequence[Callable[[str], object]]
 VIN_RANKS: Ranks = (
     lambda name: letters(name) == "vin",
@@ -3700,7 +3700,7 @@ YEAR_RANKS: Ranks = (lambda name: letters(name) == "modelyear", lambda name: let
 
 
 def best_columns(names: Sequence[str], ranks: Ranks) -> tuple[int, list[int]]:
-    """The best rank that a name has, and the columns that have it."""
+    """The lowest rank of these names, and the indexes of the columns that have it."""
     for rank, is_named in enumerate(ranks):
         if columns := [index for index, name in enumerate(names) if is_named(name)]:
             return rank, columns
@@ -3726,7 +3726,7 @@ class Layout(NamedTuple):
 class Names(NamedTuple):
     """A row that may be the names of the columns."""
 
-    rank: int  # the rank of the column of the VINs
+    order: tuple[int, int]  # the best row has the least: by the rank, then by minus the number of names
     line: int  # the index of the row's first line
     after: int  # the index of the line after the row
     separator: str
@@ -3776,7 +3776,7 @@ class LayoutFinder:
             raise self._invalid(0, ONE_VIN_A_LINE)
         if names := self._find_names(column):
             return self._layout(names)
-        # A list if the first line with a VIN is a line of a list.
+        # The file is a list if the first line with a VIN is a line of a list.
         line_with_vin = next((line for line in self.lines if HAS_VIN.search(line) or is_list_line(line)), "")
         if column or not is_list_line(line_with_vin):
             raise self._not_found(column)
@@ -3796,20 +3796,18 @@ class LayoutFinder:
         if column:
             ranks = (
                 lambda name: name.strip(EDGES) == column.strip(EDGES),
-                lambda name: letters(name) == (letters(column) or None),
+                lambda name: letters(name) == (letters(column) or None),  # None: a column without letters has no equal
             )
         found: list[Names] = []
         for line in range(len(self.lines) if column else self._vin_line):
             for separator in self._separators:
                 values, after = self._row(line, separator)
                 rank, vins = best_columns(values, ranks)
-                names = Names(rank, line, after, separator, values, vins)
+                count = sum(1 for name in values if name.strip(EDGES))  # a title has fewer
+                names = Names((rank, -count), line, after, separator, values, vins)
                 if vins and (rank < len(ranks) - 1 or column or self._has_vin_below(names)):
                     found.append(names)
-        # Of equal ranks the row with the most names, because a title has fewer.
-        return min(
-            found, key=lambda row: (row.rank, -sum(bool(name.strip(EDGES)) for name in row.values)), default=None
-        )
+        return min(found, key=lambda names: names.order, default=None)
 
     def _has_vin_below(self, names: Names) -> bool:
         """Whether one of the columns has the first VIN, or all lines below are blank. Without one of these the row may
@@ -3835,7 +3833,7 @@ class LayoutFinder:
         name = cells[line] if line >= 0 else ""
         if best_columns([name], VIN_RANKS)[1] or (letters(name) and not re.search(r"\d", name)):
             values, after = self._row(line, separator)
-            return self._layout(Names(0, line, after, separator, values, [vin]))
+            return self._layout(Names((0, 0), line, after, separator, values, [vin]))
         numbers = separator.join(map(str, range(1, width + 1)))
         return Layout(separator, self._above, numbers, self._skipped, width, vin, None)
 
@@ -3960,7 +3958,7 @@ class Fleet:
 
     def _lines(self, most: int) -> Iterator[str]:
         """The lines with their line ends. Raises a 422 if one has more than `most` characters, or can't be decoded. The
-        thread pauses after STEP_CHARACTERS, so that other threads go on."""
+        thread pauses after STEP_CHARACTERS, so that the event loop and the other upload threads go on."""
         self._text.seek(0)
         self._number = 0
         while True:
@@ -4802,7 +4800,7 @@ app.add_middleware(Middleware, routes=app.routes)  # FastAPI makes it at the sta
 Responses = dict[int | str, dict[str, Any]]
 
 
-def error(description: str, detail: str, **fields: str) -> dict[str, Any]:
+def error_response(description: str, detail: str, **fields: str) -> dict[str, Any]:
     """An error in the schema, with its `detail` and the fields beside it as an example."""
     schema = {"$ref": f"#/components/schemas/{(VinProblem if fields else Problem).__name__}"}
     content = {"application/json": {"schema": schema, "example": {"detail": detail, **fields}}}
@@ -4811,19 +4809,21 @@ def error(description: str, detail: str, **fields: str) -> dict[str, Any]:
 
 # The errors from which each route takes its own. `describe_schema` adds 401 and 429.
 ERRORS: Responses = {
-    400: error("The body can't be read", "There was an error parsing the body"),
-    404: error("A path with a control character in it", "Not Found"),
-    413: error("The body is too large", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."),
-    415: error("The body is compressed, or its charset is not known", "The body is compressed; send it as it is."),
+    400: error_response("The body can't be read", "There was an error parsing the body"),
+    404: error_response("A path with a control character in it", "Not Found"),
+    413: error_response("The body is too large", f"A body has {BODY_BYTES:,} bytes at most; send less at a time."),
+    415: error_response(
+        "The body is compressed, or its charset is not known", "The body is compressed; send it as it is."
+    ),
     422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"},
-    503: error("Not possible now; Retry-After says when", CANNOT_WRITE),
+    503: error_response("Not possible now; Retry-After says when", CANNOT_WRITE),
 }
 LOOKUP_ERRORS: Responses = {
     404: {"model": Undecodable, "description": "vPIC can't decode this VIN; that is cached too"},
     422: ERRORS[422],
-    502: error("vPIC can't be reached, or its answer makes no sense", UNREACHABLE.detail, vin=EXAMPLE),
-    503: error("vPIC refuses, or is not asked; Retry-After says when", LEFT_ALONE.detail, vin=EXAMPLE),
-    504: error("vPIC did not answer in time", TOO_LATE.detail, vin=EXAMPLE),
+    502: error_response("vPIC can't be reached, or its answer makes no sense", UNREACHABLE.detail, vin=EXAMPLE),
+    503: error_response("vPIC refuses, or is not asked; Retry-After says when", LEFT_ALONE.detail, vin=EXAMPLE),
+    504: error_response("vPIC did not answer in time", TOO_LATE.detail, vin=EXAMPLE),
 }
 LOOKUP_BY_PATH_ERRORS = LOOKUP_ERRORS | {
     404: {"model": Undecodable | Problem, "description": "Undecodable, or the path has a control character in it"}
@@ -5129,10 +5129,10 @@ def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
                 parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
         if tag not in access.open_tags:
             operation["security"] = [{name: []} for name in KEY_SCHEMES]
-            responses["401"] = error("No key, or a wrong one", NO_KEY)
+            responses["401"] = error_response("No key, or a wrong one", NO_KEY)
         if limit := access.limits.get(tag):
             sentence = f"The limit is {limit}; ask again later."
-            responses["429"] = error(f"More than {limit}; Retry-After says when to ask again", sentence)
+            responses["429"] = error_response(f"More than {limit}; Retry-After says when to ask again", sentence)
         operation["responses"] = dict(sorted(responses.items()))
     components = schema["components"]
     components["schemas"] |= {model.__name__: model.model_json_schema() for model in (Problem, VinProblem)}
