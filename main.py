@@ -125,6 +125,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic import Tag as KindOf
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pythonjsonlogger.json import JsonFormatter
 from starlette.datastructures import Headers, QueryParams
@@ -397,12 +398,10 @@ def normalize_vin(given: str) -> str:
     error names the first other character, because people don't see it, else the length. Nothing is repaired."""
     vin = bare(given)
     if wrong := NOT_IN_VIN.search(vin):
-        raise pydantic_core.PydanticCustomError(
-            "vin", f"character {wrong.start() + 1:,} is U+{ord(wrong[0]):04X}, not A-Z or 0-9"
-        )
+        raise PydanticCustomError("vin", f"character {wrong.start() + 1:,} is U+{ord(wrong[0]):04X}, not A-Z or 0-9")
     if len(vin) != 17:
         hint = ": the I in front may be a barcode label's, not the VIN's" if len(vin) == 18 and vin[0] in "Ii" else ""
-        raise pydantic_core.PydanticCustomError("vin", f"{len(vin):,} characters, not 17{hint}")
+        raise PydanticCustomError("vin", f"{len(vin):,} characters, not 17{hint}")
     return vin.upper()
 
 
@@ -426,7 +425,7 @@ def normalize_model_year(given: object) -> str:
     found = YEAR.fullmatch(text)
     year = found and found["year"]
     if not found or (year and not 1980 <= int(year) <= last):
-        raise pydantic_core.PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
+        raise PydanticCustomError("model_year", f"A model year is a number from 1980 to {last}")
     return year or ""
 
 
@@ -514,9 +513,7 @@ def refuse_unknown(given: Collection[str], known: Collection[str], what: str) ->
     if unknown:
         named = ", ".join(ascii(name[:40]) + suggest_name(name, known) for name in unknown[:3])
         more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
-        raise pydantic_core.PydanticCustomError(
-            "unknown", "Unknown {what}: {named}", {"what": what, "named": named + more}
-        )
+        raise PydanticCustomError("unknown", "Unknown {what}: {named}", {"what": what, "named": named + more})
 
 
 def describe_body(schema: dict[str, Any]) -> None:
@@ -572,9 +569,7 @@ def check_items(given: object) -> object:
         if bad:
             more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
             which = {"which": ", ".join(map(str, bad[:3])) + more}
-            raise pydantic_core.PydanticCustomError(
-                "batch_item", "Neither a string nor an object with a vin: element {which}", which
-            )
+            raise PydanticCustomError("batch_item", "Neither a string nor an object with a vin: element {which}", which)
     return given
 
 
@@ -2825,6 +2820,7 @@ class Ticket:
         self.found: Found | None = None  # vPIC's answer, while it is being stored
         self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
         self.failures = 0  # failed calls for which no other VIN can be the reason
+        self.is_claimed = False  # its row was claimed for it, and therefore counts as fresh although it is not
 
     def is_only_in(self, queue: "Queue") -> bool:
         """Whether the ticket has waiters of this queue alone."""
@@ -3267,20 +3263,22 @@ class Lookups:
             ticket.removal = removals.get(ticket.question)
             ticket.removal_read.set()
             record = records.get(ticket.question)
-            if record and record.source == "vpic" and record.answers(now, ticket.details):
-                self._end(ticket, Found(record, "hit"))
-            else:
+            if ticket.is_claimed or not record or record.source != "vpic" or not record.answers(now, ticket.details):
                 rest.append(ticket)
+            else:
+                self._end(ticket, Found(record, "hit"))
         return rest, records
 
     async def _skip_claimed(self, tickets: list[Ticket]) -> list[Ticket]:
         """End the refreshes that another process has claimed. Returns the other tickets."""
         queue = self._scheduler.refreshes
-        refreshes = {ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue)}
+        refreshes = {
+            ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue) and not ticket.is_claimed
+        }
         if not refreshes:
             return tickets
         for question in await self._cache.claim_expired([*refreshes]):
-            refreshes.pop(question)
+            refreshes.pop(question).is_claimed = True
         skipped = {ticket for ticket in refreshes.values() if ticket.is_only_in(queue)}  # else a lookup has joined it
         for ticket in skipped:
             self._end(ticket)
@@ -3514,7 +3512,7 @@ class Lookups:
                 continue
             try:
                 asked.append(ask(normalize_vin(vin), normalize_model_year(model_year)))
-            except pydantic_core.PydanticCustomError as error:
+            except PydanticCustomError as error:
                 asked.append("")
                 lines[index] = make_line(batch.form, 422, {"vin": vin}, error.message())
         cached = await self._cache.lines(asked, batch.form)
@@ -3670,7 +3668,7 @@ def list_row(line: str) -> Row:
 
 
 def is_vin(text: str) -> bool:
-    with suppress(pydantic_core.PydanticCustomError):
+    with suppress(PydanticCustomError):
         return normalize_vin(text) != ""
     return False
 
@@ -3678,7 +3676,7 @@ def is_vin(text: str) -> bool:
 def is_list_line(line: str) -> bool:
     """Whether a line of a list, and of nothing else, looks like this: a VIN, and at most a model year."""
     row = list_row(line)
-    with suppress(pydantic_core.PydanticCustomError):
+    with suppress(PydanticCustomError):
         normalize_model_year(row.model_year)
         return is_vin(row.vin)
     return False
@@ -4643,7 +4641,7 @@ class TaggedRoute(APIRoute):
         FastAPI would take the last one, but an HTTP cache in front may look at the first."""
         try:
             refuse_unknown(given.keys(), self._parameters, "parameter")
-        except pydantic_core.PydanticCustomError as error:
+        except PydanticCustomError as error:
             raise invalid(error.type, ("query",), error.message()) from None
         for name in given:
             if len(given.getlist(name)) > 1:

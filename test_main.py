@@ -1461,6 +1461,8 @@ def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
     for told in (healthy, failing, offline):
         assert told.pop("vincache.store.duration s file ok") > 5
         assert told.pop("vincache.unconfirmed ") in (0, 1)  # as last counted
+        for name in [name for name in told if not re.match(r"vincache\.(lookups  |vpic\.(duration|breaker) )", name)]:
+            del told[name]  # gauges of a moment
     assert healthy == {
         "vincache.lookups  vpic": 1,
         "vincache.lookups  hit": 1,
@@ -1525,19 +1527,22 @@ async def test_traces_and_metrics_leave_by_otlp(launch: Launch, monkeypatch: pyt
 
 async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic, tmp_path: Path) -> None:
     """Ours and FastAPI's, in Prometheus' form, behind the key; unless told, there is no such thing."""
-    process, without = launch(metrics=True, api_key="crown"), launch()
     fill(tmp_path / "cache.db", 2)
     sql(
         tmp_path / "cache.db",
         "UPDATE vehicles SET expires_at = unixepoch() - 100 WHERE vin = (SELECT max(vin) FROM vehicles)",
     )
     vpic.delay = 0.3
-    async with process.serving(vpic) as service:
+    async with launch(metrics=True, api_key="crown").serving(vpic) as service:
         for _ in range(2):
             await service.lookup(TRUCK)
         assert (await service.ask("GET", "/export", headers={"X-API-Key": "crown"}))[0] == 200
         assert (await service.get("/metrics"))[0] == 401
-        status, body, headers = await service.ask("GET", "/api/v1/metrics", headers={"X-API-Key": "crown"})
+        body = b""
+        async with asyncio.timeout(20):
+            while b"vincache_size_bytes{" not in body:  # the first sweep, which counts, is over
+                await asyncio.sleep(0.05)
+                status, body, headers = await service.ask("GET", "/api/v1/metrics", headers={"X-API-Key": "crown"})
     assert status == 200
     assert headers["Content-Type"].startswith("text/plain; version=")
     told = body.decode()
@@ -1547,7 +1552,7 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic, tmp_path
         r"vincache_vpic_breaker\{.*\} 0\.0",
         r"vincache_lookups_waiting\{.*\} 0\.0",
         r"vincache_vpic_calls\{.*\} 0\.0",
-        r"vincache_rows\{.*\} 2\.0",  # when the service began
+        r"vincache_rows\{.*\} [23]\.0",  # when the service began, or just after the first lookup
         r"vincache_rows_expired\{.*\} 1\.0",
         r"vincache_unconfirmed\{.*\} 0\.0",
         r"vincache_size_bytes\{.*\} [1-9]",
@@ -1561,7 +1566,7 @@ async def test_metrics_can_be_scraped(launch: Launch, vpic: PlayedVpic, tmp_path
     assert 0.25 < quantile(told, "vincache_vpic_duration_seconds", 0.99) < 3
     assert 0 < quantile(told, "vincache_store_duration_seconds", 0.5) < 0.5
     assert 'http_route=""' not in told
-    async with without.serving(vpic) as service:
+    async with launch().serving(vpic) as service:
         assert (await service.get("/metrics"))[0] == 404
 
 
@@ -2797,16 +2802,18 @@ async def test_a_leader_that_has_not_caught_up_is_not_believed(start: Start, vpi
         for _ in range(60):
             cluster.sql(SLOW_WRITE)
         for vin in trucks(10):
-            assert await service.delete(f"/remove/{vin}") == (200, {"vin": vin, "cache_delete_success": True})
+            # On a busy machine it may have been done by an attempt that got no answer in time.
+            while (await service.delete(f"/remove/{vin}"))[0] == 503:  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(0.1)
         cluster.kill(0, 1, 2)
         cluster.start(0, 1, 2)
         vpic.fault = says(lambda vin: honest(vin, Model="NEW"))
-        removed = trucks(10)
+        asked = trucks(10)
         async with asyncio.timeout(60):
-            while removed:
-                status, body = await service.lookup(removed[-1])
+            while asked:
+                status, body = await service.lookup(asked[-1])
                 assert (status, body["model"]) == (200, "NEW")
-                removed = removed[:-1] if body["cached_result"] else removed[-1:] + removed[:-1]
+                asked = asked[:-1] if body["cached_result"] else asked[-1:] + asked[:-1]
                 await asyncio.sleep(0.01)
         assert await service.were_cached(trucks(10, 900_010)) == [True] * 10
 
@@ -3255,8 +3262,10 @@ async def test_reads_are_strong_until_the_leader_has_caught_up(start: Start, clu
         assert levels[0] == (main.OWNER, "strong")
         await service.lookup(TRUCK)
         for level in ("weak", "strong", "weak"):
+            levels.clear()
             assert caching(await service.send(LOOKUPS[0], TRUCK))[1] == "HIT"
-            assert [told for statement, told in levels if statement == main.ANSWERS[False]][-1] == level
+            # After a failure one read is strong, the hit's or another one.
+            assert ("strong" in {told for _, told in levels}) == (level == "strong"), levels
             failing |= {main.ANSWERS[False]} if level == "weak" else set()
         failing.clear()
         await service.delete(f"/remove/{TRUCK}")
@@ -4446,6 +4455,24 @@ async def test_a_failed_refresh_is_not_tried_again_for_stale_ttl(start: Start, v
         assert vpic.calls == [[TRUCK]]
 
 
+async def test_refreshes_whose_call_failed_are_asked_one_by_one(start: Start, vpic: PlayedVpic) -> None:
+    """A row that is claimed does not count as fresh for the process that has claimed it."""
+    async with start(vpic_concurrency=1) as service:
+        await service.batch(trucks(3))
+        service.expire(days=1)
+        vpic.calls.clear()
+
+        async def chokes(request: web.Request, vins: list[str]) -> web.StreamResponse:
+            if len(vins) > 1:
+                return await says("<html>")(request, vins)
+            return await web_answer(flat(vins[0], Model="389"))
+
+        vpic.fault = chokes
+        await service.batch(trucks(3))
+        await until(lambda: {row["model"] for row in service.rows()} == {"389"})
+        assert [len(call) for call in vpic.calls] == [3, 1, 1, 1]
+
+
 async def test_a_lookup_that_joins_a_refresh_needs_no_claim(start: Start, vpic: PlayedVpic) -> None:
     """If the row can't be claimed, its refresh ends, but who has come to wait for vPIC gets vPIC's answer."""
     async with start(attributes=False) as service:
@@ -4923,7 +4950,7 @@ def test_what_is_accepted_as_a_model_year_stands_in_the_schema() -> None:
         )
     )
     def check(given: object) -> None:
-        with suppress(main.pydantic_core.PydanticCustomError):
+        with suppress(main.PydanticCustomError):
             assert main.normalize_model_year(given) in known
 
     check()
@@ -5204,6 +5231,7 @@ SMALL = {"WINDOW": 3, "AHEAD": 8, "VPIC_VINS": 4}
 
 TOLERANCE = 0.6  # seconds by which a lookup may end after VPIC_TIMEOUT
 PATIENCE = 4  # seconds after which the store gives up a statement that hangs, like CLUSTER_PATIENCE
+DOUBTFUL_S = 10  # after which a doubtful store carries out what it was asked, at the latest
 LAG = 120  # seconds for which a trouble of vPIC or the store may be felt after its end
 
 
@@ -5299,7 +5327,7 @@ class MemoryStore:
         if weather == "hanging":
             await asyncio.sleep(PATIENCE)
         if weather == "doubtful" and writes:
-            self._simulation.world.call_later(self._chance.choice([0, 0.1, 10]), self._execute, statements)
+            self._simulation.world.call_later(self._chance.choice([0, 0.1, DOUBTFUL_S]), self._execute, statements)
         if weather in ("hanging", "failing") or (weather == "doubtful" and writes):
             raise main.StoreFault("played")
         rows = self._execute(statements)
@@ -5749,10 +5777,14 @@ class Simulation:
         async def work() -> None:
             floor = len(self.sources)
             self.removed_at[vin] = math.inf
-            with suppress(main.CacheUnavailable):
+            try:
                 await self.cache.remove(vin)
                 self.floors[vin] = max(floor, self.floors.get(vin, 0))
-            self.removed_at[vin] = self.world.time()
+            except main.CacheUnavailable:  # a doubtful store may still carry it out
+                late = DOUBTFUL_S
+            else:
+                late = 0
+            self.removed_at[vin] = self.world.time() + late
 
         self.world.create_task(work())
 
