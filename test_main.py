@@ -301,6 +301,7 @@ async def vpic() -> AsyncIterator[PlayedVpic]:
 # ======================================================================================================================
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 
 # The forms in which a VIN comes in: method, route, and where the VIN stands.
@@ -661,6 +662,58 @@ async def test_life_of_a_vin(start: Start, vpic: PlayedVpic) -> None:
         assert await service.delete(f"/remove?vin={TRUCK}") == (200, {"vin": TRUCK, "cache_delete_success": False})
         assert (await service.lookup(TRUCK))[1]["cached_result"] is False
         assert vpic.calls == [[TRUCK], [TRUCK]]
+
+
+async def test_readmes_commands_answer_as_shown(start: Start, tmp_path: Path) -> None:
+    """Each command behind a `$`, as it stands but for the address, gives the lines below it."""
+    if shutil.which("jq") is None:
+        pytest.skip("jq is missing")
+    shown = re.findall(r"^\$ (.+)\n((?:(?!\$ |```).*\n)*)", README, re.MULTILINE)
+    assert len(shown) == 4
+    async with start() as service:
+        for command, answer in shown:
+            command = command.replace("localhost:8000", f"127.0.0.1:{service.port}")
+            running = await asyncio.create_subprocess_shell(command, cwd=tmp_path, stdout=PIPE)
+            assert (await running.communicate())[0].decode() == answer, command
+
+
+def test_readme_has_all_settings_with_their_defaults() -> None:
+    rows = re.findall(r"^(`[A-Z_]+`(?:, `[A-Z_]+`)*) \|(.+?) \|", README, re.MULTILINE)
+    pairs = [pair for row in rows for pair in zip(*(cells.split(", ") for cells in row), strict=True)]
+    told = {name.strip("`").lower(): default.strip("`") for name, default in pairs}
+
+    def text(default: Any) -> str:
+        if isinstance(default, bool):
+            return str(default).lower()
+        value = default.get_secret_value() if isinstance(default, main.SecretStr) else default
+        return "none" if value in (None, "") else f"{value}"
+
+    assert told == {name: text(field.default) for name, field in main.Settings.model_fields.items()}
+
+
+def test_readmes_manifests_name_what_the_image_has() -> None:
+    """The manifests for Compose and Kubernetes are YAML, and agree with the Dockerfile."""
+    yaml = pytest.importorskip("yaml")
+    compose, kubernetes = (
+        list(yaml.safe_load_all(text)) for text in re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
+    )
+    image = (HERE / "Dockerfile").read_text()
+    [service] = compose[0]["services"].values()
+    assert service["ports"] == ["127.0.0.1:8000:8000"]
+    assert service["volumes"] == [f"{next(iter(compose[0]['volumes']))}:/data"]
+    claim, deployment = kubernetes
+    pod = deployment["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert deployment["spec"]["selector"]["matchLabels"] == deployment["spec"]["template"]["metadata"]["labels"]
+    assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}\n" in image
+    assert [volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"]] == [claim["metadata"]["name"]]
+    assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
+    for place in [service["volumes"][0].partition(":")[2], container["volumeMounts"][0]["mountPath"]]:
+        assert f"VOLUME {place}\n" in image
+    for probe, path in {"livenessProbe": "/healthz", "readinessProbe": "/readyz"}.items():
+        assert container[probe] == {"httpGet": {"path": path, "port": 8000}}
+    for names in (service["environment"], {variable["name"] for variable in container["env"]}):
+        assert {name.removeprefix("VINCACHE_").lower() for name in names} <= main.Settings.model_fields.keys()
 
 
 # ======================================================================================================================
@@ -1214,7 +1267,7 @@ async def test_with_workers_readmes_file_gives_all_lines_the_form_of_one_process
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """uvicorn's parent process, its workers and our own lines have the same keys, in the same order, and UTC times."""
-    [recipe] = re.findall(r"```\n(\{\"version\": 1.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    [recipe] = re.findall(r"```\n(\{\"version\": 1.+?)```", README, re.DOTALL)
     (tmp_path / "log.json").write_text(recipe)
     monkeypatch.setenv("TZ", "JST-9")
     forms = []
@@ -7623,13 +7676,16 @@ async def test_a_page_is_not_asked_for_a_password(start: Start) -> None:
             assert (status, got["WWW-Authenticate"]) == (401, "Bearer")
 
 
-async def test_readmes_clients_bring_the_key(launch: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["", "KEY"], ids=["without a key", "with a key"])
+async def test_readmes_clients_read_the_export(launch: Launch, tmp_path: Path, key: str) -> None:
     """Each line of README, as it stands but for the address; and wget, which waits for the challenge."""
-    [recipes] = re.findall(r"```\n(curl -H 'X-API-Key: KEY'.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    first, host = ("curl -H 'X-API-Key: KEY'", "host") if key else ("curl -fo", "localhost:8000")
+    [recipes] = re.findall(rf"```\n({first}.+?)```", README, re.DOTALL)
+    assert len(recipes.splitlines()) == 4
     fill(tmp_path / "cache.db", 1)
-    process = await launch(vpic_url="", api_key="KEY").started()
-    recipes += "wget -qO vincache.parquet https://any:KEY@host/export\n"
-    for recipe in recipes.replace("https://", "http://").replace("host/", f"127.0.0.1:{process.port}/").splitlines():
+    process = await launch(vpic_url="", api_key=key).started()
+    recipes += f"wget -qO vincache.parquet https://{'any:KEY@' * bool(key)}{host}/export\n"
+    for recipe in recipes.replace("https://", "http://").replace(f"{host}/", f"127.0.0.1:{process.port}/").splitlines():
         program, *options = shlex.split(recipe)
         if program == "duckdb":
             assert await asyncio.to_thread(by_duckdb, re.search("'(.+)'", recipe)[1]) == {"PETERBILT": 1}
