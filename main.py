@@ -680,11 +680,11 @@ class Invalid(BaseModel):
 
 # The fields that vPIC decodes from one VIN, by our names; a field is empty if vPIC has no data for it. `attributes` is
 # a JSON object with all its other fields, by vPIC's names.
-Words = dict[str, str]
+Decoding = dict[str, str]
 
 
-def is_decodable(words: Words) -> bool:
-    return words["make"] != "" and "7" not in words["error_code"].split(",")
+def is_decodable(decoding: Decoding) -> bool:
+    return decoding["make"] != "" and "7" not in decoding["error_code"].split(",")
 
 
 FIELDS = [name for name in Vehicle.model_fields if name != "attributes"]
@@ -2394,15 +2394,15 @@ def text(value: object) -> str:
     return value.strip()
 
 
-def translate(flat: object) -> Words:
+def translate(flat: object) -> Decoding:
     """One result of vPIC as columns of a row. Raises ValueError if a value of VPIC_KEYS is missing or can't be stored.
     Other values that can't be stored are left out."""
     if not isinstance(flat, dict):
         raise ValueError("a result is not an object")
-    words = {}
-    for word, key in VPIC_KEYS.items():
+    decoding = {}
+    for name, key in VPIC_KEYS.items():
         try:
-            words[word] = text(flat.get(key))
+            decoding[name] = text(flat.get(key))
         except ValueError as error:
             raise ValueError(f"{key} is {error}") from None
     others = {}
@@ -2410,15 +2410,15 @@ def translate(flat: object) -> Words:
         with suppress(ValueError):
             if value := text(flat[key]):
                 others[text(key)] = value
-    words |= {word: others.pop(key, "") for word, key in OPTIONAL_KEYS.items()}
-    return words | {"attributes": to_json(dict(sorted(others.items())))}
+    decoding |= {name: others.pop(key, "") for name, key in OPTIONAL_KEYS.items()}
+    return decoding | {"attributes": to_json(dict(sorted(others.items())))}
 
 
 def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse(body: bytes, vins: Collection[str]) -> dict[str, Words]:
+def parse(body: bytes, vins: Collection[str]) -> dict[str, Decoding]:
     """The results for `vins` in an answer of vPIC. It need not have all. Raises ValueError if it has none."""
     if re.match(rb"\s*<(!doctype )?html", body, re.IGNORECASE):
         raise ValueError("an HTML page")
@@ -2429,16 +2429,16 @@ def parse(body: bytes, vins: Collection[str]) -> dict[str, Words]:
     results = answer.get("Results") if isinstance(answer, dict) else None
     if not isinstance(results, list):
         raise ValueError("no list of results")
-    found: dict[str, Words] = {}
+    found: dict[str, Decoding] = {}
     fault: ValueError | None = None
     for flat in results:
         try:
-            words = translate(flat)
+            decoding = translate(flat)
         except ValueError as error:
             fault = error
             continue
-        if words["vin"] in vins:
-            found[words["vin"]] = words
+        if decoding["vin"] in vins:
+            found[decoding["vin"]] = decoding
     if not found:
         raise fault or ValueError(f"none of {len(results)} results is about the VIN asked")
     return found
@@ -2580,7 +2580,7 @@ class Vpic:
 
     async def decode(
         self, questions: Sequence[Question], deadline: float, patient: bool = False
-    ) -> dict[Question, Words]:
+    ) -> dict[Question, Decoding]:
         """Ask vPIC up to 50 questions about different VINs. The result need not have all of them.
 
         Raises VpicUnavailable by `deadline` (loop time), after all retries. The wait of a `patient` caller for our own
@@ -2625,7 +2625,7 @@ class Vpic:
                 raise VpicUnavailable(CROWDED, retry_after=wait)
             await asyncio.sleep(wait)
 
-    async def _logged_call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Words]:
+    async def _logged_call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoding]:
         """One call, with its duration in the metrics, and its failure in the log."""
         started, outcome = time.perf_counter(), "ok"
         try:
@@ -2639,7 +2639,7 @@ class Vpic:
         finally:
             vpic_duration.record(time.perf_counter() - started, {"outcome": outcome})
 
-    async def _call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Words]:
+    async def _call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoding]:
         """One HTTP call, with its answer parsed. Raises VpicUnavailable, whatever goes wrong."""
         asked = {vin_of(question): question for question in questions}
         fair = deadline - asyncio.get_running_loop().time() >= self._fair_time
@@ -2750,10 +2750,10 @@ async def note_versions() -> None:
         log.log(level, "offline data: of %s, %d days old", month, age.days)
 
 
-def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
+def decode_offline(questions: Sequence[Question]) -> dict[Question, Decoding]:
     """Decode without vPIC, in some 0.1 ms a VIN. The result lacks what ultravin fails to decode, and is empty if it is
     not installed."""
-    found: dict[Question, Words] = {}
+    found: dict[Question, Decoding] = {}
     try:
         import ultravin
 
@@ -2766,8 +2766,8 @@ def decode_offline(questions: Sequence[Question]) -> dict[Question, Words]:
                 elements = {element["code"]: element for element in decoded["elements"] if element["value"]}
                 values = {code: element["value"] for code, element in elements.items()}
                 values |= {name: elements[code]["attribute_id"] for code, name in VPIC_IDS.items() if code in elements}
-                words = {word: values.pop(key, "") for word, key in (VPIC_KEYS | OPTIONAL_KEYS).items()}
-                found[question] = words | {"vin": vin_of(question), "attributes": to_json(values)}
+                decoding = {name: values.pop(key, "") for name, key in (VPIC_KEYS | OPTIONAL_KEYS).items()}
+                found[question] = decoding | {"vin": vin_of(question), "attributes": to_json(values)}
     except ImportError:
         pass
     except Exception as error:  # noqa: BLE001 - ultravin may raise anything, and lookups go on without it
@@ -3235,7 +3235,7 @@ class Lookups:
 
     async def _ask_and_store(self, call: Call) -> None:
         failure = VpicUnavailable(NOT_DESCRIBED)
-        decoded: dict[Question, Words] = {}
+        decoded: dict[Question, Decoding] = {}
         records: dict[Question, Record] = {}
         tickets = call.tickets
         try:
@@ -3292,7 +3292,7 @@ class Lookups:
             self._end(ticket)
         return [ticket for ticket in tickets if ticket not in skipped]
 
-    async def _store_and_answer(self, tickets: list[Ticket], decoded: dict[Question, Words]) -> None:
+    async def _store_and_answer(self, tickets: list[Ticket], decoded: dict[Question, Decoding]) -> None:
         """Store vPIC's answers, then end their tickets."""
         records = []
         for ticket in tickets:
@@ -3350,19 +3350,19 @@ class Lookups:
             await self._cache.store(records)
 
     def _make_record(
-        self, question: Question, words: Words, source: Literal["vpic", "offline"], life: float = 0
+        self, question: Question, decoding: Decoding, source: Literal["vpic", "offline"], life: float = 0
     ) -> Record:
         """The row for a decoded VIN. If it was decoded offline, vPIC is asked after `life` seconds."""
         now = time.time()
         if source == "vpic":
-            life = self._settings.ttl if is_decodable(words) else self._settings.invalid_ttl
+            life = self._settings.ttl if is_decodable(decoding) else self._settings.invalid_ttl
             # Up to a tenth less, depending on the VIN, because rows that are stored together would expire together.
             life *= 1 - zlib.crc32(question.encode()) / 2**32 / 10
         return Record(
-            **words,
+            **decoding,
             model_year_asked=model_year_of(question),
             source=source,
-            decoded=is_decodable(words),
+            decoded=is_decodable(decoding),
             fetched_at=int(now),
             expires_at=math.ceil(now + life) if life else int(now),
         )
@@ -3425,10 +3425,10 @@ class Lookups:
             if question in detailed:
                 found[question] = Found(record, "hit" if record.answers(now, detailed[question]) else "stale")
         if self._settings.offline and (unknown := [question for question in detailed if question not in found]):
-            for question, words in (await asyncio.to_thread(decode_offline, unknown)).items():
+            for question, decoding in (await asyncio.to_thread(decode_offline, unknown)).items():
                 # While vPIC is configured, "undecodable" is no answer, because vPIC may know the VIN.
-                if is_decodable(words) or self._vpic.is_off:
-                    found[question] = Found(self._make_record(question, words, "offline", life), "offline")
+                if is_decodable(decoding) or self._vpic.is_off:
+                    found[question] = Found(self._make_record(question, decoding, "offline", life), "offline")
         return found, removals
 
     async def _store_without_vpic(
