@@ -3593,12 +3593,12 @@ POLL_S = 0.2  # while a file is read, the service checks so often whether the cl
 ONE_VIN_A_LINE = "one VIN a line; with curl use --data-binary, not -d"
 SEND_NO_FORM = "Send the file itself, not in a form: with curl --data-binary @fleet.csv, not -F"
 
-FIRST_LINES = 20  # the names of the columns are looked for in so many lines of a file
-FIRST_CHARACTERS = 2**15  # fewer lines, if they have more characters than this
+FIRST_LINES = 20  # the names of the columns are looked for in so many lines of a file,
+FIRST_CHARACTERS = 2**15  # and in fewer lines if these have more characters than this
 
 SEPARATOR_LINE = re.compile(r"sep=(\t|[^\w\s\"])[\r\n]*")  # Excel's own, before the names
 VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]*\d){3})(?=\d*[A-Za-z])[0-9A-Za-z]{17}")  # neither a word nor only digits
-HAS_VIN = re.compile(rf"(?<![^\W_]){VIN_LIKE.pattern}(?![^\W_])")
+HAS_VIN = re.compile(rf"(?<![^\W_]){VIN_LIKE.pattern}(?![^\W_])")  # it is no part of a longer word
 
 # The encoding of a file by its first bytes. UTF-32 stands before UTF-16, because its mark begins with that of UTF-16.
 BYTE_ORDER_MARKS = {
@@ -4606,7 +4606,7 @@ LENIENT_TAGS: set[Tag] = OPEN_TAGS | {"metrics"}
 class TaggedRoute(APIRoute):
     """A route with one tag. `Middleware` finds the route of a request, and FastAPI's router calls that one."""
 
-    takes_files = False
+    takes_files = False  # whether the route is for bodies of any type but JSON
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -4886,7 +4886,7 @@ def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
 
 
 async def look_up(request: Request, question: Question, details: bool) -> Response:
-    """The response of a lookup. If the client hangs up before it, the lookup ends."""
+    """The response of a lookup. If the client hangs up first, the lookup ends."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -4973,12 +4973,6 @@ def accepted_form(accept: str, form: str) -> str:
     return form
 
 
-class FileRoute(TaggedRoute):
-    """A route for a body that is not JSON. Its handler reads the body as a stream, so it is never whole in memory."""
-
-    takes_files = True
-
-
 async def lookup_file(
     fleet: Annotated[Fleet, Depends(receive_file)], request: Request, details: Details = False
 ) -> StreamingResponse:
@@ -4986,8 +4980,11 @@ async def lookup_file(
     return await answer_batch(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
 
 
-# Before the route for JSON, because the first route that serves the request takes it.
-app.routes.append(FileRoute("/lookup/batch", lookup_file, methods=["POST"], tags=["lookup"], include_in_schema=False))
+# A route of its own, because FastAPI would read the whole body into memory for `lookup_batch`. It is before that route,
+# because the first one that serves the request takes it.
+file_route = TaggedRoute("/lookup/batch", lookup_file, methods=["POST"], tags=["lookup"], include_in_schema=False)
+file_route.takes_files = True
+app.routes.append(file_route)
 
 
 async def answer_batch(
