@@ -355,7 +355,8 @@ def read_settings() -> Settings:
 
 
 # ======================================================================================================================
-# Words: what comes in and what goes out, each declared once. A raw VIN is used nowhere but here; a `Vin` is normal.
+# Words: what comes in and what goes out, each declared once. Only this room handles a VIN as it was sent; a `Vin` is
+# normalized.
 # ======================================================================================================================
 
 # The characters that spreadsheets, telematics and copying leave around a value: all of Unicode's controls (Cc), formats
@@ -3590,7 +3591,7 @@ LINE_COST = 31  # characters that are added for each line, because an empty line
 PAUSE_S = 1e-5  # not 0, because the thread would then take Python's lock again before another thread wakes up
 POLL_S = 0.2  # while a file is read, the service checks so often whether the client has left
 
-ONE_VIN_A_LINE = "one VIN a line; with curl use --data-binary, not -d"
+ONE_VIN_A_LINE = "send one VIN a line; with curl use --data-binary, because -d removes the line ends"
 SEND_NO_FORM = "Send the file itself, not in a form: with curl --data-binary @fleet.csv, not -F"
 
 FIRST_LINES = 20  # the names of the columns are looked for in so many lines of a file,
@@ -3906,11 +3907,11 @@ class Fleet:
             self.form = CSV if self.layout or mime_type == CSV else JSONL  # the form of the answer
             self.count = sum(1 for _ in self.rows())
 
-    def next_rows(self, rows: Iterator[Row], most: int) -> list[Row]:
-        """The next rows of `rows()`, at most `most`. Call it in an upload thread."""
+    def next_rows(self, rows: Iterator[Row]) -> list[Row]:
+        """The next WINDOW rows of `rows()`, fewer at the end. Call it in an upload thread."""
         with upload_lock:
             self._left = STEP_CHARACTERS  # because the thread has just paused
-            return [*islice(rows, most)]
+            return [*islice(rows, WINDOW)]
 
     def rows(self) -> Iterator[Row]:
         """The rows, from the first one."""
@@ -3993,7 +3994,7 @@ class Fleet:
 
 
 VinColumn = Annotated[
-    str, Query(description="Of a CSV file the column that has the VINs: its name, or its number from 1")
+    str, Query(description="The column of a CSV file that has the VINs: its name, or its number from 1")
 ]
 
 
@@ -4060,7 +4061,7 @@ async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO, charset: 
 
 async def read_windows(rows: Iterator[Row], fleet: Fleet | None, sent: "deque[Row] | None") -> AsyncIterator[list[Row]]:
     """The rows of a file or of JSON, WINDOW at a time. They are added to `sent` too, for the answer in CSV."""
-    while window := await in_upload_thread(fleet.next_rows, rows, WINDOW) if fleet else [*islice(rows, WINDOW)]:
+    while window := await in_upload_thread(fleet.next_rows, rows) if fleet else [*islice(rows, WINDOW)]:
         if sent is not None:
             sent.extend(window)
         yield window
@@ -4830,7 +4831,7 @@ LOOKUP_ERRORS: Responses = {
 LOOKUP_BY_PATH_ERRORS = LOOKUP_ERRORS | {
     404: {"model": Undecodable | Problem, "description": "Undecodable, or the path has a control character in it"}
 }
-UNCHANGED: Responses = {304: {"description": "The client has it already, as If-None-Match says"}}
+UNCHANGED: Responses = {304: {"description": "The client has this answer already: If-None-Match names it"}}
 
 
 def errors(*statuses: int) -> Responses:
@@ -4868,8 +4869,8 @@ LINES_SENT: Responses = {
 FILE_SENT: Responses = {
     200: {"content": {PARQUET: BINARY}, "description": "The file"},
     206: {"content": {PARQUET: BINARY}, "description": "A part of it, as Range asks"},
-    400: {"description": "Range is not a range"},
-    412: {"description": "It is not what If-Match names"},
+    400: {"description": "The Range header is malformed"},
+    412: {"description": "The snapshot is not the one that If-Match names"},
     416: {"description": "The file does not have this range"},
 }
 
@@ -4939,7 +4940,9 @@ class SnapshotResponse(FileResponse):
 # Of a header like `respond-async, wait=10`; the value may be quoted.
 PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re.ASCII | re.IGNORECASE)
 
-Compression = Annotated[Literal["zstd", "snappy", "none"], Query(description="snappy is larger; all readers know it")]
+Compression = Annotated[
+    Literal["zstd", "snappy", "none"], Query(description="snappy is larger, but all readers know it")
+]
 Details = Annotated[bool, Query(description="With all that vPIC says, as `attributes`")]
 
 LOOKUP_ROUTE: dict[str, Any] = {"tags": ["lookup"], "summary": "Decode a VIN", "response_model": Vehicle}
@@ -4959,11 +4962,11 @@ async def lookup_post(body: LookupBody, request: Request) -> Response:
     return await look_up(request, ask(body.vin, body.model_year), body.details)
 
 
-QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # .2, 0.2, 0, 1 or 1.000
+QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # like q=.2, q=0.2, q=0, q=1 or q=1.000
 
 
 def accepted_form(accept: str, form: str) -> str:
-    """The form that Accept names with the highest q, of equals the first; `form` if it names none, like `*/*`."""
+    """The form that Accept names with the highest q; of equals the first. `form`, if Accept names none, like `*/*`."""
     best = 0.0
     for named in accept.split(","):
         quality = QUALITY.search(named)
