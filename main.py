@@ -705,7 +705,7 @@ class LineForm(NamedTuple):
         return ["status", *FIELDS, "detail", *(["attributes"] if self.details else [])]
 
 
-Line = str | list[Any]
+Line = str | Sequence[Any]
 
 
 def make_line(form: LineForm, status: int, fields: dict[str, Any], detail: str, attributes: str = "{}") -> Line:
@@ -2229,7 +2229,9 @@ class Cache:
     async def lines(self, questions: Sequence[Question], form: LineForm) -> dict[Question, tuple[str, Line]]:
         """The cached lines of a batch, each with its outcome (hit or stale)."""
         rows = await self._cached(LINES[form], questions)
-        return {question: (outcome, line if form.is_csv else line[0]) for question, outcome, *line in rows}
+        if form.is_csv:
+            return {row[0]: (row[1], row[2:]) for row in rows}
+        return {row[0]: row[1:] for row in rows}
 
     async def _cached(self, statement: str, questions: Sequence[Question]) -> Rows:
         return await self._read(statement, self._parameters(questions) | {"grace": self._settings.grace})
