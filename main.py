@@ -4140,17 +4140,18 @@ GOES_ON = re.compile(r"bytes *= *0*[1-9]", re.IGNORECASE)
 RESUMES = re.compile(r"bytes *= *0*[1-9]\d*-$", re.IGNORECASE)
 
 
-class LimitedFile(io.FileIO):
-    """A file that takes no more than `room` bytes."""
+def open_limited(path: str, room: int) -> io.BufferedWriter:
+    """The file for writing. It takes no more than `room` bytes: then it raises OSError."""
 
-    def __init__(self, path: str, room: int) -> None:
-        super().__init__(path, "r+")  # not "w", because ext4 writes a truncated file to the disk when it is closed
-        self._room = room
+    # In a function, because `inspect` takes 0.1 s to find the source of a class.
+    class LimitedFile(io.FileIO):
+        def write(self, piece: Any) -> int:
+            if self.tell() + len(piece) > room:
+                raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
+            return super().write(piece)
 
-    def write(self, piece: Any) -> int:
-        if self.tell() + len(piece) > self._room:
-            raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
-        return super().write(piece)
+    # Not "w", because ext4 writes a truncated file to the disk when it is closed.
+    return io.BufferedWriter(LimitedFile(path, "r+"), 2**18)
 
 
 def write_export(
@@ -4165,7 +4166,7 @@ def write_export(
     time_type = pa.timestamp("s", "UTC")
     special: dict[str, pa.DataType] = {"decoded": pa.bool_(), "fetched_at": time_type, "expires_at": time_type}
     with (
-        io.BufferedWriter(LimitedFile(path, room), 2**18) as file,
+        open_limited(path, room) as file,
         adbc_driver_sqlite.dbapi.connect(database) as connection,
         connection.cursor() as cursor,
     ):
@@ -4217,7 +4218,7 @@ EXPORT_PROGRAM = "\n".join(
     (
         "import errno, io, json, os, signal, sys",
         "from typing import Any",
-        *(inspect.getsource(part) for part in (LimitedFile, write_export, serve_exports)),
+        *(inspect.getsource(part) for part in (open_limited, write_export, serve_exports)),
         "serve_exports()",
     )
 )
