@@ -3096,8 +3096,10 @@ class Lookups:
         while (ticket := self._tickets.get(question)) and ticket.state is TicketState.CALLED:
             await ticket.removal_read.wait()
             removal = await self._cache.removal(question)
-            # During these two awaits the ticket may have changed its state or been replaced by another one.
-            if self._tickets.get(question) is ticket and ticket.state is TicketState.CALLED:
+            # During these two awaits the ticket may have changed its state or been replaced by another one. If it went
+            # into another call, the removal that counts is not read yet.
+            is_called = self._tickets.get(question) is ticket and ticket.state is TicketState.CALLED
+            if is_called and ticket.removal != NOT_READ:
                 if ticket.removal == removal:
                     break
                 del self._tickets[question]  # its waiters, who came before the removal, get its outcome all the same

@@ -6146,6 +6146,30 @@ class Fair:
         return spans
 
 
+def test_who_joins_while_a_question_goes_into_its_next_call_shares_it() -> None:
+    """Between the two calls the ticket's removal is not read; that is no sign that the VIN was removed."""
+    with Simulation(offline=False) as simulation:
+        cache, [one, other] = simulation.cache, SIMULATED_VINS[:2]
+        records, removal = cache.records, cache.removal
+
+        async def read_slowly(questions: Sequence[str]) -> Any:
+            await asyncio.sleep(0.5)
+            return await records(questions)
+
+        async def read_in_between(question: str) -> int | None:
+            await asyncio.sleep(0.2)
+            return await removal(question)
+
+        cache.records, cache.removal = read_slowly, read_in_between  # type: ignore[method-assign]
+        simulation.vpic.choking, simulation.vpic.choking_by = {other}, "nonsense"  # which is not tried again
+        simulation.send_batch([one, other], "json", False, 0)
+        simulation.sleep(0.1)
+        simulation.look_up(one)
+        simulation.sleep(10)
+        assert simulation.complaints == []
+        assert [call.questions for call in simulation.vpic.calls if one in call.questions][1:] == [[one]]
+
+
 def test_who_is_answered_early_is_not_why_vpic_is_not_asked() -> None:
     """A row without grace that answers an impatient lookup is asked anew, also if vPIC's only place is taken."""
     with Simulation(grace=0, patience=0, vpic_concurrency=1, offline=False) as simulation:
