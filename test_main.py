@@ -472,10 +472,16 @@ async def ask(url: str, method: str = "GET", **kwargs: Any) -> tuple[int, Any]:
         return response.status, await response.json()
 
 
+# Each process of pytest-xdist has ports of its own. The system gives none of them to outgoing connections.
+PORTS = counting(10_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) + os.getpid() % 1_000)
+
+
 def free_port() -> int:
     """A port of loopback on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+    for port in PORTS:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError  # there are more ports than tests
 
 
 class Process:
