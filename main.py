@@ -14,12 +14,12 @@ answers beside the file's own columns. An export is one snapshot of the whole ta
 
 The rooms, in their order; each uses only those above it:
   Settings    the environment, read nowhere else         Offline     decoding with the data inside ultravin
-  Words       what comes in and what goes out            Lookups     tickets, the scheduler, batches
+  Models      what comes in and what goes out            Lookups     tickets, the scheduler, batches
   Errors      failures, and the one renderer             Fleet       files of VINs, and answers as CSV
   Telemetry   the log and the metrics that are ours      Export      the table as Parquet; pandas is used only here
   Shared      an outage, a task that outlives its caller Access      the key and the clients' limits
   Rates       clients and calls, counted                 Lifespan    what is opened and closed
-  Statements  all SQL; no other room has any             Middleware  what happens before FastAPI
+  Statements  all SQL but transactions and pragmas       Middleware  what happens before FastAPI
   Stores      what executes it: a file or a cluster      Routes      handlers and the OpenAPI schema; no logic
   Cache       statements as verbs, merged hits
   vPIC        translation, breaker, calls; aiohttp's only user but for the cluster
@@ -355,7 +355,7 @@ def read_settings() -> Settings:
 
 
 # ======================================================================================================================
-# Words: what comes in and what goes out, each declared once. Only this room handles a VIN as it was sent; a `Vin` is
+# Models: what comes in and what goes out, each declared once. Only this room handles a VIN as it was sent; a `Vin` is
 # normalized.
 # ======================================================================================================================
 
@@ -1203,7 +1203,7 @@ class Rates:
 
 
 # ======================================================================================================================
-# Statements: all SQL of the service. It is the same for a file and for a cluster.
+# Statements: all SQL but the transactions and pragmas of Stores. It is the same for a file and for a cluster.
 # ======================================================================================================================
 
 SCHEMA_VERSION = 2  # as in schema.sql
@@ -2300,20 +2300,20 @@ class Cache:
         rows = await self._read(REMOVED_AT, (vin_of(question),))
         return rows[0][0] if rows else None
 
-    async def sweep(self, keep_expired: float) -> None:
+    async def sweep(self) -> None:
         """Without end, delete the rows that expired more than `keep_expired` seconds ago, 1,000 rows at a time. The
         process that has the lease does so for all that share the cache."""
-        period = math.ceil(min(3600, keep_expired / 10))
+        period = math.ceil(min(3600, self._settings.keep_expired / 10))
         while True:
             with suppress(CacheUnavailable):
                 clock = await self._clock()
                 if clock and await self._write((LEASE_SWEEP, (clock + period, clock + 1))):
-                    await self._sweep_once(clock, keep_expired, period)
+                    await self._sweep_once(clock, period)
             await asyncio.sleep(period)
 
-    async def _sweep_once(self, clock: int, keep_expired: float, period: int) -> None:
+    async def _sweep_once(self, clock: int, period: int) -> None:
         now = min(clock, time.time())  # the earlier one, because either clock may be wrong
-        last, cutoff = "", now - keep_expired
+        last, cutoff = "", now - self._settings.keep_expired
         began = extended = time.monotonic()
         rows = expired = 0
         while (counted := await self._read(COUNT_ROWS, (now, cutoff, last))) and counted[0][0] is not None:
@@ -2582,16 +2582,15 @@ class Vpic:
         return self.is_off or self.breaker.has_failed_for(self._batch_timeout)
 
     async def decode(
-        self, questions: Sequence[Question], deadline: float, patient: bool = False
+        self, questions: Sequence[Question], seconds: float, patient: bool = False
     ) -> dict[Question, Decoding]:
         """Ask vPIC up to 50 questions about different VINs. The result need not have all of them.
 
-        Raises VpicUnavailable by `deadline` (loop time), after all retries. The wait of a `patient` caller for our own
-        rate, up to a minute, does not count: it moves the deadline."""
+        Raises VpicUnavailable within so many seconds, after all retries. The wait of a `patient` caller for our own
+        rate, up to a minute, is not part of them."""
         if patient:
-            seconds = deadline - asyncio.get_running_loop().time()
             await self._keep_to_rate(math.inf)
-            deadline = asyncio.get_running_loop().time() + seconds
+        deadline = asyncio.get_running_loop().time() + seconds
         async for attempt in stamina.retry_context(
             on=lambda error: self._wait_before_retry(error, deadline),
             attempts=3,
@@ -2723,9 +2722,8 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
 # Offline: decoding with vPIC's data of some months ago, which the package ultravin contains.
 # ======================================================================================================================
 
-OFFLINE_MOST = (
-    20  # VINs at a time, because ultravin makes 1,000 objects for each: of more, none stay in the CPU's cache
-)
+# VINs that are decoded at a time. ultravin makes 1,000 objects for each, and those of more do not fit the CPU's cache.
+OFFLINE_MOST = 20
 OFFLINE_DAYS = 183  # if the data is older, the log warns
 
 # By the key of a value in vPIC's answer, the key of the value's id.
@@ -3251,11 +3249,11 @@ class Lookups:
             deadline = asyncio.get_running_loop().time() + seconds
             tickets, records = await self._skip_cached(tickets, deadline)
             tickets = await self._skip_claimed(tickets)
-            if call.background:  # nobody gives up, and a call that is too short for vPIC would say nothing of vPIC
-                deadline = asyncio.get_running_loop().time() + seconds
+            if not call.background:  # else nobody gives up, and vPIC has the whole time, however long the cache took
+                seconds = deadline - asyncio.get_running_loop().time()
             if tickets:
                 questions = [ticket.question for ticket in tickets]
-                decoded = await self._vpic.decode(questions, deadline, patient=call.background)
+                decoded = await self._vpic.decode(questions, seconds, patient=call.background)
         except VpicUnavailable as error:
             failure = error
         finally:  # before the answers are stored, because others may call vPIC meanwhile
@@ -4132,7 +4130,6 @@ async def as_csv(
 # lies where uploads do. All exports together leave half of the disk's room to the database.
 # ======================================================================================================================
 
-
 EXPORT_TIMEOUT_S = 30  # from one batch of rows to the next, some tenths of a second later: a silent process hangs
 SNAPSHOT_FRESH_S = 60  # the greatest age of a snapshot with which a client begins to read by pieces
 SNAPSHOT_KEPT_S = 300  # from the last request for a snapshot to its end
@@ -4573,7 +4570,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings), vpic, settings) as lookups,
             Exporter(store, settings.upload_folder) as exporter,
-            background(cache.sweep(settings.keep_expired)),
+            background(cache.sweep()),
             background(note_versions()),
         ):
             access = Access(settings, rates)

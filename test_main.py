@@ -939,7 +939,7 @@ async def test_effective_settings_are_logged_once_without_secrets(
 
 
 # ======================================================================================================================
-# Words: what counts as a VIN, in every form in which one may come, and how the answers are worded.
+# Models: what counts as a VIN, in every form in which one may come, and how the answers are worded.
 # ======================================================================================================================
 
 BAD_VINS = {
@@ -2592,7 +2592,7 @@ async def test_one_process_sweeps_for_all_that_share_the_cache(
             async with AsyncExitStack() as sweeping:
                 for store in stores:
                     await sweeping.enter_async_context(
-                        main.background(main.Cache(store, simulated_settings(grace=0)).sweep(86400))
+                        main.background(main.Cache(store, simulated_settings(keep_expired=86400)).sweep())
                     )
                 await until(lambda: len(attempts) == 3)
             assert (ends_in, attempts.count(True)) == (ends_in, got)
@@ -2603,10 +2603,10 @@ async def test_a_lease_lasts_as_long_as_the_sweep(database: Database, monkeypatc
     """However large the table is: nobody else begins meanwhile."""
     passed = counting(0, 2000)
     async with opened_store(database.setting) as store:
-        cache = main.Cache(store, simulated_settings(grace=0))
+        cache = main.Cache(store, simulated_settings(keep_expired=86400))
         await cache.store([(record(vin, expires_at=9), None) for vin in trucks(2500)])
         monkeypatch.setattr(main, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: next(passed)}))
-        async with main.background(cache.sweep(86400)):
+        async with main.background(cache.sweep()):
             await until(lambda: database.sql("SELECT count(*) FROM vehicles") == [(0,)])
             await until(lambda: database.sql("SELECT leased_until > unixepoch() + 7000 FROM leases") == [(1,)])
 
@@ -5596,7 +5596,7 @@ class Simulation:
         rates = main.Rates("async+memory://", self.settings.vpic_rate, 1)
         vpic = main.Vpic(cast(Any, self.vpic), rates, self.settings)
         self.cache, self.breaker = main.Cache(cast(Any, self.store), self.settings), vpic.breaker
-        await self._stack.enter_async_context(main.background(self.cache.sweep(self.settings.keep_expired)))
+        await self._stack.enter_async_context(main.background(self.cache.sweep()))
         self.lookups = await self._stack.enter_async_context(main.Lookups(self.cache, vpic, self.settings))
 
     def __exit__(self, *_: object) -> None:
@@ -6153,6 +6153,21 @@ def test_an_outage_hardly_reaches_vpic(weather: str) -> None:
         simulation.sleep(10)
         assert again.outcome in ("hit", "vpic")
         assert simulation.complaints == []
+
+
+def test_a_batch_ends_though_the_store_and_vpic_hang() -> None:
+    """However long the cache takes, a probe has time enough for its failure to count; so vPIC is given up."""
+    with Simulation(offline=False, breaker_failures=3) as simulation:
+        simulation.mark_trouble()
+        simulation.vpic.weather = "hanging"
+        for vin in SIMULATED_VINS[:3]:
+            simulation.look_up(vin)
+        simulation.sleep(9)
+        assert simulation.vpic.breaker_is_open
+        simulation.store.weather = "hanging"
+        simulation.send_batch(SIMULATED_VINS[3:6], "json", False, 0)
+        simulation.sleep(300)
+        assert (simulation.callers, simulation.complaints) == ([], [])
 
 
 def test_who_joins_while_a_question_goes_into_its_next_call_shares_it() -> None:
