@@ -1316,21 +1316,32 @@ SNAPSHOT_WITH_DETAILS = f"""
 SELECT {", ".join(COLUMNS)}, coalesce(attributes, '') AS attributes FROM records
 """  # noqa: S608 - as above
 
-# Stores records. The last value of each record is the `removed_at` of its VIN, as it was before vPIC was asked. If the
-# VIN was removed since then, the record is not stored. A record that was decoded offline never replaces one from vPIC.
-STORE = f"""
-INSERT INTO records ({", ".join(Record._fields)})
-SELECT {", ".join(f"value ->> {index}" for index in range(len(Record._fields)))}
-FROM json_each(?)
-WHERE (SELECT removed_at FROM removals WHERE vin = value ->> 0) IS value ->> {len(Record._fields)}
-  AND (value ->> 11 = 'vpic' OR NOT EXISTS (
-    SELECT 1 FROM vehicles WHERE vin = value ->> 0 AND model_year_asked = value ->> 1 AND source = 'vpic'))
-"""  # noqa: S608 - as above
+ROWS_MOST = 100  # in a statement that has parameters for each row: more rows would make it no faster
+
+
+@cache
+def store_records(count: int) -> str:
+    """The statement that stores so many records. The parameters of each are its values, and the `removed_at` of its VIN
+    as it was before vPIC was asked: if the VIN was removed since then, the record is not stored. A record that was
+    decoded offline never replaces one from vPIC."""
+    columns = ", ".join(Record._fields)
+    row = f"({', '.join('?' for _ in (*Record._fields, 'removal'))})"
+    return f"""
+    WITH new ({columns}, removal) AS (VALUES {", ".join([row] * count)})
+    INSERT INTO records ({columns}) SELECT {columns} FROM new
+    WHERE (SELECT removed_at FROM removals WHERE removals.vin = new.vin) IS removal
+      AND (source = 'vpic' OR NOT EXISTS (
+        SELECT 1 FROM vehicles
+        WHERE vehicles.vin = new.vin AND vehicles.model_year_asked = new.model_year_asked
+          AND vehicles.source = 'vpic'))
+    """  # noqa: S608 - our own column names
+
 
 # A row that was decoded offline is unconfirmed: from its `expires_at` on, vPIC is asked for it. A row that was served
 # in its grace is refreshed. Before a process asks vPIC for such rows, it claims them: one statement selects them and
 # sets a later `expires_at`. So no other process asks for them too, and if vPIC fails, it is not asked again at once.
-UNCONFIRMED = "SELECT count(*), count(*) FILTER (WHERE expires_at <= ?) FROM vehicles WHERE source = 'offline'"
+UNCONFIRMED = "SELECT count(*) FROM vehicles WHERE source = 'offline'"
+UNCONFIRMED_DUE = "SELECT 1 FROM vehicles WHERE source = 'offline' AND expires_at <= ? LIMIT 1"
 
 
 def claim(rows: str) -> str:
@@ -2146,7 +2157,7 @@ WRITE_TIMEOUT_S = 60  # a write that takes longer counts as failed, because the 
 # If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
 # begins at once, because turns are long then and the statement is large enough.
 MERGE_MAX = 16
-CLAIM_MOST = 500  # rows in a statement, because SQLite takes 32,766 parameters
+COUNT_S = 60  # from one count of the unconfirmed rows to the next
 
 
 class Cache:
@@ -2254,19 +2265,24 @@ class Cache:
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
         """Store the records, each with the removal of its VIN that was read before vPIC was asked. If the store fails,
         they are not cached. Returns within `busy_timeout` or CLUSTER_TIMEOUT_S."""
-        rows = to_json([(*record, removal) for record, removal in records])
+        rows = [(*record, removal) for record, removal in records]
+        parts = [rows[start : start + ROWS_MOST] for start in range(0, len(rows), ROWS_MOST)]
         with suppress(CacheUnavailable):  # `_write` has logged it
-            await self._write((STORE, (rows,)))
+            await self._write(*((store_records(len(part)), [*chain(*part)]) for part in parts))
+
+    async def count_unconfirmed(self) -> None:
+        """Without end, count the unconfirmed rows every minute."""
+        while True:
+            if counted := await self._read(UNCONFIRMED, ()):
+                self.unconfirmed = counted[0][0]
+                unconfirmed_gauge.set(self.unconfirmed)
+            await asyncio.sleep(COUNT_S)
 
     async def claim_unconfirmed(self, most: int) -> list[Question]:
         """The questions of up to `most` unconfirmed rows, the oldest first. No process claims them again for
         `offline_ttl`."""
         now = time.time()
-        if not (counted := await self._read(UNCONFIRMED, (now,))):
-            return []
-        [(self.unconfirmed, due)] = counted
-        unconfirmed_gauge.set(self.unconfirmed)
-        if not due:
+        if not await self._read(UNCONFIRMED_DUE, (now,)):  # so that an idle service writes nothing
             return []
         return await self._claim(CLAIM_UNCONFIRMED, {"now": now, "most": most}, now + self._settings.offline_ttl)
 
@@ -2274,7 +2290,7 @@ class Cache:
         """Of these questions those whose row from vPIC has expired. The row counts as fresh for `stale_ttl`, so that no
         process claims it again in that time."""
         claimed: list[Question] = []
-        for some in (questions[start : start + CLAIM_MOST] for start in range(0, len(questions), CLAIM_MOST)):
+        for some in (questions[start : start + ROWS_MOST] for start in range(0, len(questions), ROWS_MOST)):
             parameters = self._parameters(some) | {f"q{index}": question for index, question in enumerate(some)}
             until = parameters["now"] + self._settings.stale_ttl
             claimed += await self._claim(claim_expired(len(some)), parameters, until)
@@ -2722,12 +2738,17 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
 # Offline: decoding with vPIC's data of some months ago, which the package ultravin contains.
 # ======================================================================================================================
 
-# VINs that are decoded at a time. ultravin makes 1,000 objects for each, and those of more do not fit the CPU's cache.
-OFFLINE_MOST = 20
+# VINs that are decoded at a time: ultravin makes 1,000 objects for each of them while it holds Python's lock, for which
+# a hit may have to wait.
+OFFLINE_MOST = 5
 OFFLINE_DAYS = 183  # if the data is older, the log warns
 
 # By the key of a value in vPIC's answer, the key of the value's id.
 VPIC_IDS = {"Make": "MakeID", "Model": "ModelID", "Manufacturer": "ManufacturerId"}
+
+
+# One thread, because several would take Python's lock in turns, and a hit would have to wait for all of them.
+offline_thread = ThreadPoolExecutor(1, "offline")
 
 
 @cache
@@ -3367,7 +3388,7 @@ class Lookups:
             **decoding,
             model_year_asked=model_year_of(question),
             source=source,
-            decoded=is_decodable(decoding),
+            decoded=int(is_decodable(decoding)),
             fetched_at=int(now),
             expires_at=math.ceil(now + life) if life else int(now),
         )
@@ -3430,7 +3451,8 @@ class Lookups:
             if question in detailed:
                 found[question] = Found(record, "hit" if record.answers(now, detailed[question]) else "stale")
         if self._settings.offline and (unknown := [question for question in detailed if question not in found]):
-            for question, decoding in (await asyncio.to_thread(decode_offline, unknown)).items():
+            loop = asyncio.get_running_loop()
+            for question, decoding in (await loop.run_in_executor(offline_thread, decode_offline, unknown)).items():
                 # While vPIC is configured, "undecodable" is no answer, because vPIC may know the VIN.
                 if is_decodable(decoding) or self._vpic.is_off:
                     found[question] = Found(self._make_record(question, decoding, "offline", life), "offline")
@@ -4571,12 +4593,15 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
             Lookups(cache := Cache(store, settings), vpic, settings) as lookups,
             Exporter(store, settings.upload_folder) as exporter,
             background(cache.sweep()),
+            background(cache.count_unconfirmed()),
             background(note_versions()),
         ):
             access = Access(settings, rates)
             # The garbage collector never looks through the objects of the start again, and seldom through new ones.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
+            # A thread that decodes or reads an upload gives Python's lock to the event loop so soon (seconds).
+            sys.setswitchinterval(0.0005)
             yield {
                 "settings": settings,
                 "cache": cache,

@@ -2185,8 +2185,8 @@ async def test_the_wal_gives_back_what_it_grew_by(tmp_path: Path) -> None:
             reader.execute("BEGIN")
             reader.execute("SELECT count(*) FROM vehicles").fetchall()
             for vin in trucks(16):
-                rows = json.dumps([(*record(vin, attributes=json.dumps({"Note": "x" * 10**6})), None)])
-                await store.write((main.STORE, (rows,)))
+                row = record(vin, attributes=json.dumps({"Note": "x" * 10**6}))
+                await store.write((main.store_records(1), (*row, None)))
             assert wal.stat().st_size > 15 * 10**6
         for _ in range(3):
             await store.write((main.PROBE, ()))
@@ -3249,7 +3249,7 @@ async def test_what_a_node_gives_no_answer_to_is_sent_again(
         for there in (True, False):
             removed = await service.delete(f"/remove/{TRUCK}", headers={"X-API-Key": "k"})
             assert removed == (200, {"vin": TRUCK, "cache_delete_success": there})
-    assert {main.OWNER, main.ANSWERS[False], main.RECORDS, main.STORE, main.REMOVAL, main.CLOCK, ""} <= seen
+    assert {main.OWNER, main.ANSWERS[False], main.RECORDS, main.store_records(1), main.REMOVAL, main.CLOCK, ""} <= seen
     assert logged(caplog) == []
 
 
@@ -3291,7 +3291,7 @@ async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Star
     forgotten: list[str] = []
 
     async def after(request: web.Request, statement: str) -> web.StreamResponse | None:
-        if statement not in (main.STORE, main.REMOVAL) or statement in forgotten:
+        if statement not in (main.store_records(1), main.REMOVAL) or statement in forgotten:
             return None
         forgotten.append(statement)
         return await resets(request, [])
@@ -3300,7 +3300,7 @@ async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Star
         assert [caching(await service.send(LOOKUPS[0], TRUCK))[1] for _ in range(2)] == ["MISS", "HIT"]
         assert (await service.delete(f"/remove/{TRUCK}"))[0] == 503
         assert cluster.sql("SELECT vin FROM vehicles") == []
-        assert forgotten == [main.STORE, main.REMOVAL]
+        assert forgotten == [main.store_records(1), main.REMOVAL]
         assert await service.delete(f"/remove/{TRUCK}") == (200, {"vin": TRUCK, "cache_delete_success": False})
 
 
@@ -5859,7 +5859,7 @@ class Simulation:
         for caller, earlier in zip(answers, before, strict=True):
             if caller.outcome != "hit" and earlier.outcome != "hit":  # it may have expired just now
                 self.complain(f"after some minutes in which all was well, {caller.what} is {caller.outcome}")
-        [[unconfirmed, _]] = self.store._database.execute(main.UNCONFIRMED, (0,)).fetchall()
+        [[unconfirmed]] = self.store._database.execute(main.UNCONFIRMED).fetchall()
         if unconfirmed:
             self.complain(f"after some minutes in which all was well, {unconfirmed} rows are unconfirmed")
 
