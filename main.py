@@ -646,7 +646,8 @@ class Health(BaseModel):
 
 class Readiness(BaseModel):
     """`cache` is ok or the reason why it can't be used; `vpic` is ok, offline, or `open since <time>`; `unconfirmed`
-    counts the rows that were decoded offline and not by vPIC yet; `offline_data` is the month of that data."""
+    is the number of rows that were decoded offline and not by vPIC yet, counted every minute; `offline_data` is the
+    month of that data."""
 
     status: Literal["ok", "unavailable"]
     cache: str = Field(examples=["ok"])

@@ -3811,14 +3811,17 @@ async def test_unconfirmed_rows_are_claimed_once(start: Start, vpic: PlayedVpic,
     assert sorted(vpic.asked) == vins
 
 
-async def test_unconfirmed_rows_are_told_of(start: Start) -> None:
-    """/readyz says how many there are, and of which month the offline data is; the log says the month at the start."""
-    async with start(vpic_url="") as service:
-        await service.batch(trucks(3))
-    async with start(vpic_url=f"http://127.0.0.1:{free_port()}", breaker_failures=100) as service:
-        async with asyncio.timeout(20):
-            while (await service.get("/readyz"))[1]["unconfirmed"] != 3:  # noqa: ASYNC110 - counted behind
-                await asyncio.sleep(0.05)
+@pytest.mark.parametrize("is_off", [True, False])
+async def test_unconfirmed_rows_are_told_of(start: Start, monkeypatch: pytest.MonkeyPatch, is_off: bool) -> None:
+    """/readyz says how many there are, whatever the state of vPIC, and of which month the offline data is."""
+    monkeypatch.setattr(main, "COUNT_S", 0.05)
+    url = "" if is_off else f"http://127.0.0.1:{free_port()}"
+    async with start(vpic_url=url, patience=0) as service:
+        for count, vins in ((3, trucks(3)), (5, trucks(5))):
+            await service.batch(vins)
+            async with asyncio.timeout(20):
+                while (await service.get("/readyz"))[1]["unconfirmed"] != count:  # noqa: ASYNC110 - counted behind
+                    await asyncio.sleep(0.05)
         month = str(ultravin.provenance()["data_month"]).replace("_", "-")
         assert (await service.get("/readyz"))[1]["offline_data"] == month
 
