@@ -1059,16 +1059,23 @@ class Tasks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+async def logged(work: Awaitable[None]) -> None:
+    """Do work whose result nobody waits for. If it fails, the log has the error at once."""
+    try:
+        await work
+    except Exception:
+        log.exception("work in the background failed")
+
+
 @asynccontextmanager
 async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run `work` beside the body, and cancel it at the end."""
-    task = asyncio.create_task(work)
+    task = asyncio.create_task(logged(work))
     try:
         yield
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
 
 
 # ======================================================================================================================
@@ -1084,7 +1091,10 @@ STORAGE_REST_S = 5  # after a failure, the storage is not used for this time
 
 
 class FixedWindow:
-    """What each client has used of a limit. It is deleted as a whole when the window ends."""
+    """What each client has used of a limit. It is deleted as a whole when the window ends.
+
+    The memory storage of `limits` is not used, because it goes through all clients at each request, and because its
+    windows change with the clock of the machine."""
 
     def __init__(self) -> None:
         self._ends = 0.0  # when the next window begins (monotonic)
@@ -1392,11 +1402,12 @@ RETURNING work
 """
 EXTEND_SWEEP = "UPDATE leases SET leased_until = ? WHERE work = 'sweep'"
 
-# Of the next 1,000 rows after a VIN: the last VIN, the number of rows, and how many of them expired before each of two
-# times.
+# Of the next VINs after `:last`, with 1,000 rows or some more: the last VIN, the number of rows, and how many of them
+# expired before each of two times. All rows of a VIN are counted together, because the next count begins after it.
 COUNT_ROWS = """
-SELECT max(vin), count(*), count(*) FILTER (WHERE expires_at < ?), count(*) FILTER (WHERE expires_at < ?)
-FROM (SELECT vin, expires_at FROM vehicles WHERE vin > ? ORDER BY vin LIMIT 1000)
+SELECT max(vin), count(*), count(*) FILTER (WHERE expires_at < :now), count(*) FILTER (WHERE expires_at < :cutoff)
+FROM vehicles
+WHERE vin > :last AND vin <= (SELECT max(vin) FROM (SELECT vin FROM vehicles WHERE vin > :last ORDER BY vin LIMIT 1000))
 """
 SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 DELETE_EXPIRED = "DELETE FROM vehicles WHERE vin > ? AND vin <= ? AND expires_at < ?"
@@ -1449,11 +1460,8 @@ class Store(Protocol):
         """As `write`, but it is cancelled with its caller."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault."""
-
-    async def report_damage(self, cause: str) -> None:
-        """Replace a file that an export found damaged. Of a cluster only a backup is damaged, so nothing is done."""
-        return
+        """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault. If the
+        body finds the database damaged and raises StoreFault, the store repairs itself."""
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
@@ -1466,11 +1474,15 @@ def upgrade(name: str, application: int, version: int, objects: int) -> str:
         raise StartupError(f"VINCACHE_DATABASE: {name} was made by a newer vincache (schema {version})")
     if application != APPLICATION_ID or version == SCHEMA_VERSION:
         return TABLES
-    log.warning(
-        "cache %s: %s has schema %d, not %d", "migrated" if version else "rebuilt", name, version, SCHEMA_VERSION
-    )
     before, after = MIGRATE[version]
     return f"{before};{TABLES}{after}"
+
+
+def log_upgrade(name: str, application: int, version: int) -> None:
+    """After an upgrade."""
+    if application == APPLICATION_ID and version != SCHEMA_VERSION:
+        done = "migrated" if version else "rebuilt"
+        log.warning("cache %s: %s had schema %d, not %d", done, name, version, SCHEMA_VERSION)
 
 
 FILE_ERRORS = (sqlite3.Error, OSError, StartupError)  # what may be raised when a file is opened or written
@@ -1594,9 +1606,11 @@ def prepare_file(path: Path) -> None:
         share_with_group(path)
     # Read-only, because SQLite would else write the -wal of another program's file into it when it closes the file.
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCK_TRY_S)) as file:
-        tables = upgrade(str(path), *file.execute(OWNER).fetchone())
+        application, version, objects = file.execute(OWNER).fetchone()
+    tables = upgrade(str(path), application, version, objects)
     with closing(sqlite3.connect(path, timeout=LOCK_TRY_S, isolation_level=None)) as file:
         file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
+    log_upgrade(str(path), application, version)
 
 
 def share_with_group(path: Path) -> None:
@@ -1718,7 +1732,7 @@ class FileStore(Store):
     async def _current(self) -> OpenFile:
         """The file at the path, because rows that are written to a moved one would be lost. Raises StoreFault."""
         file = self._file
-        cause = file.fault() if file else MOVED
+        cause = file.fault() if file else "it was closed"
         if file and not cause:
             return file
         return await self._replace(file, cause, damaged=cause == EMPTIED)
@@ -1778,7 +1792,7 @@ class FileStore(Store):
                 return cast(Rows, await file.reader.execute_fetchall(statement, parameters))
             except (sqlite3.Error, ValueError) as error:  # ValueError: another task has closed the connection
                 if is_damage(error):
-                    await self.report_damage(str(error), file)
+                    await self._replace_damaged(file, str(error))
                 if file is self._file:
                     raise StoreFault(reason(error)) from error
 
@@ -1805,11 +1819,16 @@ class FileStore(Store):
     @asynccontextmanager
     async def open_copy(self) -> AsyncIterator[str]:
         file = await self._current()
-        yield f"{file.path.as_uri()}?mode=ro"
+        try:
+            yield f"{file.path.as_uri()}?mode=ro"
+        except StoreFault as fault:
+            if "malformed" in str(fault) or "not a database" in str(fault):
+                await self._replace_damaged(file, str(fault))
+            raise
 
-    async def report_damage(self, cause: str, file: OpenFile | None = None) -> None:
+    async def _replace_damaged(self, file: OpenFile, cause: str) -> None:
         with suppress(StoreFault):  # the next write tries again
-            await self._replace(file or self._file, cause, damaged=True)
+            await self._replace(file, cause, damaged=True)
 
 
 CLUSTER_TIMEOUT_S = 4  # of a statement: an election is over by then
@@ -1926,6 +1945,7 @@ class ClusterStore(Store):
                 seconds = START_TIMEOUT_S  # all rows are written anew
             try:
                 await self._ask("execute?transaction", [[statement] for statement in statements(script)], seconds)
+                log_upgrade(self._hosts, application, version)
                 break
             except StoreFault as fault:
                 if last or "CHECK" not in str(fault):
@@ -2330,16 +2350,17 @@ class Cache:
 
     async def _sweep_once(self, clock: int, period: int) -> None:
         now = min(clock, time.time())  # the earlier one, because either clock may be wrong
-        last, cutoff = "", now - self._settings.keep_expired
+        cutoff = now - self._settings.keep_expired
         began = extended = time.monotonic()
         rows = expired = 0
-        while (counted := await self._read(COUNT_ROWS, (now, cutoff, last))) and counted[0][0] is not None:
+        parameters = {"now": now, "cutoff": cutoff, "last": ""}
+        while (counted := await self._read(COUNT_ROWS, parameters)) and counted[0][0] is not None:
             [(upto, more_rows, more_expired, deletable)] = counted
             if deletable:
-                await self._write((DELETE_EXPIRED, (last, upto, cutoff)))
+                await self._write((DELETE_EXPIRED, (parameters["last"], upto, cutoff)))
             rows += more_rows - deletable
             expired += more_expired - deletable
-            last = upto
+            parameters["last"] = upto
             await asyncio.sleep(0.05)  # so that lookups can use the store
             if time.monotonic() - extended > period / 2:  # a large table takes longer than the lease
                 extended = time.monotonic()
@@ -2532,7 +2553,7 @@ class Breaker:
             yield
         except VpicUnavailable as error:
             if error.failure.blames_vpic:
-                self._count(frozenset(questions if error.failure.blames_vin else [object()]))
+                self._count(frozenset(map(vin_of, questions) if error.failure.blames_vin else [object()]))
                 if is_probe or len(self._failed) >= self._failures:
                     self._open()
             raise
@@ -2646,9 +2667,11 @@ class Vpic:
 
     async def _logged_call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoding]:
         """One call, with its duration in the metrics, and its failure in the log."""
-        started, outcome = time.perf_counter(), "ok"
+        started, outcome = time.perf_counter(), "failed"
         try:
-            return await self._call(questions, deadline)
+            decoded = await self._call(questions, deadline)
+            outcome = "ok"
+            return decoded
         except VpicUnavailable as error:
             outcome = {503: "refused", 504: "timeout"}.get(error.status_code, "failed")
             others = f" and {len(questions) - 1} more" if len(questions) > 1 else ""
@@ -2774,27 +2797,29 @@ async def note_versions() -> None:
 
 
 def decode_offline(questions: Sequence[Question]) -> dict[Question, Decoding]:
-    """Decode without vPIC, in some 0.1 ms a VIN. The result lacks what ultravin fails to decode, and is empty if it is
-    not installed."""
+    """Decode without vPIC, in some 0.1 ms a VIN. The result is empty if ultravin is not installed. If ultravin fails,
+    the result lacks the OFFLINE_MOST VINs that were decoded together."""
     found: dict[Question, Decoding] = {}
     try:
         import ultravin
-
-        for start in range(0, len(questions), OFFLINE_MOST):
-            some = questions[start : start + OFFLINE_MOST]
-            vins = [vin_of(question) for question in some]
-            years = [int(year) if (year := model_year_of(question)) else None for question in some]
-            for question, decoded in zip(some, ultravin.decode_batch(vins, years=years, full=True), strict=True):
-                # As `translate` does it, without its checks: half of the time of a cold file would go into them.
-                elements = {element["code"]: element for element in decoded["elements"] if element["value"]}
-                values = {code: element["value"] for code, element in elements.items()}
-                values |= {name: elements[code]["attribute_id"] for code, name in VPIC_IDS.items() if code in elements}
-                decoding = {name: values.pop(key, "") for name, key in (VPIC_KEYS | OPTIONAL_KEYS).items()}
-                found[question] = decoding | {"vin": vin_of(question), "attributes": to_json(values)}
     except ImportError:
-        pass
-    except Exception as error:  # noqa: BLE001 - ultravin may raise anything, and lookups go on without it
-        log.warning("offline decoding failed: %r", error)
+        return found
+    for start in range(0, len(questions), OFFLINE_MOST):
+        some = questions[start : start + OFFLINE_MOST]
+        vins = [vin_of(question) for question in some]
+        years = [int(year) if (year := model_year_of(question)) else None for question in some]
+        try:
+            decoded = ultravin.decode_batch(vins, years=years, full=True)
+        except BaseException as error:  # noqa: BLE001 - a panic of ultravin's Rust code is no Exception
+            log.warning("offline decoding failed: %r", error)
+            continue
+        for question, one in zip(some, decoded, strict=True):
+            # As `translate` does it, without its checks: half of the time of a cold file would go into them.
+            elements = {element["code"]: element for element in one["elements"] if element["value"]}
+            values = {code: element["value"] for code, element in elements.items()}
+            values |= {name: elements[code]["attribute_id"] for code, name in VPIC_IDS.items() if code in elements}
+            decoding = {name: values.pop(key, "") for name, key in (VPIC_KEYS | OPTIONAL_KEYS).items()}
+            found[question] = decoding | {"vin": vin_of(question), "attributes": to_json(values)}
     return found
 
 
@@ -2811,6 +2836,9 @@ class Found(NamedTuple):
     record: Record
     outcome: str
 
+
+# What the cache has of some questions: their rows, fresh or not; and for each of them the last removal of its VIN.
+CachedRows = tuple[dict[Question, Record], dict[Question, int | None]]
 
 # What a waiter gets: an answer, or the error.
 Outcome = Found | VpicUnavailable
@@ -3161,7 +3189,10 @@ class Lookups:
 
     def _end_patience(self, waiters: Iterable[Waiter]) -> None:
         """Answer these without vPIC if there is such an answer. Else they go on waiting."""
-        self._impatient += [waiter for waiter in waiters if not waiter.outcome.done()]
+        # A waiter that has left its ticket has no caller any more.
+        self._impatient += [
+            waiter for waiter in waiters if not waiter.outcome.done() and waiter in waiter.ticket.waiters
+        ]
         self._wake()
 
     def _give_up(self, waiter: Waiter) -> None:
@@ -3239,14 +3270,7 @@ class Lookups:
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do the work in a task, which goes on when a waiter leaves."""
-
-        async def logged() -> None:
-            try:
-                await work
-            except Exception:
-                log.exception("lookup failed")
-
-        return self._tasks.start(logged())
+        return self._tasks.start(logged(work))
 
     async def _call_vpic(self, call: Call) -> None:
         """Make a call. Afterwards none of its tickets is left in it, whatever happens."""
@@ -3259,9 +3283,9 @@ class Lookups:
                     self._end(ticket, ticket.found or bug_failure())
 
     async def _ask_and_store(self, call: Call) -> None:
-        failure = VpicUnavailable(NOT_DESCRIBED)
+        failure = VpicUnavailable(NOT_DESCRIBED)  # for the VINs that vPIC's answer lacks
         decoded: dict[Question, Decoding] = {}
-        records: dict[Question, Record] = {}
+        cached: CachedRows = {}, {}
         tickets = call.tickets
         try:
             # A call ends before its lookups give up.
@@ -3269,7 +3293,7 @@ class Lookups:
             if len(tickets) > 1 and call.background:
                 seconds = self._settings.vpic_batch_timeout
             deadline = asyncio.get_running_loop().time() + seconds
-            tickets, records = await self._skip_cached(tickets, deadline)
+            tickets, cached = await self._skip_cached(tickets, deadline)
             tickets = await self._skip_claimed(tickets)
             if not call.background:  # else nobody gives up, and vPIC has the whole time, however long the cache took
                 seconds = deadline - asyncio.get_running_loop().time()
@@ -3283,16 +3307,13 @@ class Lookups:
             self._wake()
         await self._store_and_answer([ticket for ticket in tickets if ticket.question in decoded], decoded)
         unanswered = [ticket for ticket in tickets if ticket.question not in decoded]
-        if waiters := self._requeue(unanswered, failure, shared=len(tickets) > 1):
-            await self._answer_without_vpic(waiters, failure, records)
+        if waiters := self._requeue(call, unanswered, failure, shared=len(tickets) > 1):
+            await self._answer_without_vpic(waiters, failure, cached)
 
-    async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> tuple[list[Ticket], dict[Question, Record]]:
-        """End the tickets for which the cache has a fresh row from vPIC by now. Returns the other tickets, and all rows
-        of their questions."""
-        records, removals = dict[Question, Record](), dict[Question, int | None]()
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
-                records, removals = await self._cache.records([ticket.question for ticket in tickets])
+    async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> tuple[list[Ticket], CachedRows]:
+        """End the tickets for which the cache has a fresh row from vPIC by now. Returns the other tickets, and what was
+        read of all of them."""
+        records, removals = cached = await self._read_rows([ticket.question for ticket in tickets], deadline)
         now, rest = time.time(), []
         for ticket in tickets:
             ticket.removal = removals.get(ticket.question)
@@ -3302,7 +3323,14 @@ class Lookups:
                 rest.append(ticket)
             else:
                 self._end(ticket, Found(record, "hit"))
-        return rest, records
+        return rest, cached
+
+    async def _read_rows(self, questions: Sequence[Question], deadline: float | None) -> CachedRows:
+        """What the cache has of these questions; nothing if it does not answer until the deadline (loop time)."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                return await self._cache.records(questions)
+        return {}, {}
 
     async def _skip_claimed(self, tickets: list[Ticket]) -> list[Ticket]:
         """End the refreshes that another process has claimed. Returns the other tickets."""
@@ -3330,9 +3358,10 @@ class Lookups:
         for ticket in tickets:
             self._end(ticket, ticket.found)
 
-    def _requeue(self, tickets: list[Ticket], failure: VpicUnavailable, shared: bool) -> list[Waiter]:
-        """After a failed call, let its tickets wait again if another call may succeed. Returns the waiters that are to
-        be answered without vPIC."""
+    def _requeue(self, call: Call, tickets: list[Ticket], failure: VpicUnavailable, shared: bool) -> list[Waiter]:
+        """After a failed call, let these tickets wait again if another call may succeed. Returns the waiters that are
+        to be answered without vPIC."""
+        is_crowded = failure.failure is CROWDED
         refused: list[Waiter] = []
         for ticket in reversed(tickets):  # so that the first ticket, which is put back last, is the first again
             if failure.failure.blames_vin and shared and ticket.waiters:
@@ -3342,9 +3371,11 @@ class Lookups:
             is_open = not self._vpic.breaker.closed
             if is_open:
                 batches_wait = not self._vpic.is_given_up()
+            elif is_crowded and not call.background:  # a batch's own call would have waited for the rate
+                batches_wait = True
             else:
                 ticket.failures += 1
-                batches_wait = ticket.failures == 1 and failure.failure.blames_vpic
+                batches_wait = ticket.failures == 1 and (failure.failure.blames_vpic or is_crowded)  # a second call
             waiting_on = [self._scheduler.confirmations] if is_open else []
             if batches_wait:
                 waiting_on += self._scheduler.batches
@@ -3412,21 +3443,25 @@ class Lookups:
         self,
         waiters: list[Waiter],
         failure: VpicUnavailable | None,
-        records: dict[Question, Record] | None = None,
+        cached: CachedRows | None = None,
         is_final: bool = True,
     ) -> None:
         """Answer with the row, which may be expired, else offline, else with the failure. If `failure` is None, it is
-        that of an overdue lookup. If not `is_final`, waiters without an answer go on waiting. `records` are the rows,
-        if they were read before a call."""
+        that of an overdue lookup. If not `is_final`, waiters without an answer go on waiting. `cached` is what was read
+        before a call, if there was one."""
         try:
             # If vPIC was asked for a VIN and did not answer, it is not asked again too soon.
-            life = self._settings.offline_ttl if records is not None and failure and failure.failure.blames_vin else 0
-            # An overdue lookup has no more time than this.
+            life = self._settings.offline_ttl if cached and failure and failure.failure.blames_vin else 0
+            # An overdue lookup has WITHOUT_VPIC_S left: 0.4 of it to read the cache, and 0.4 to store.
             seconds = WITHOUT_VPIC_S * 0.4 if is_final and failure is None else None
-            found, removals = await self._find_without_vpic(waiters, records, life, seconds)
+            if cached is None:
+                deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+                cached = await self._read_rows([*{waiter.ticket.question: None for waiter in waiters}], deadline)
+            records, removals = cached
+            found = await self._find_without_vpic(waiters, records, life)
             with suppress(TimeoutError):  # the statement goes on
                 async with asyncio.timeout(seconds):
-                    await self._store_without_vpic(found, removals, is_final)
+                    await self._store_without_vpic(found, removals)
             for waiter in waiters:
                 if answer := found.get(waiter.ticket.question):
                     waiter.resolve(answer)
@@ -3437,16 +3472,10 @@ class Lookups:
                 waiter.resolve(failure or bug_failure())
 
     async def _find_without_vpic(
-        self, waiters: list[Waiter], records: dict[Question, Record] | None, life: float, seconds: float | None
-    ) -> tuple[dict[Question, Found], dict[Question, int | None]]:
-        """The answers without vPIC, and the last removals of their VINs. The cache is given so many seconds."""
+        self, waiters: list[Waiter], records: dict[Question, Record], life: float
+    ) -> dict[Question, Found]:
+        """The answers without vPIC."""
         detailed = {waiter.ticket.question: waiter.ticket.details for waiter in waiters}
-        removals = {waiter.ticket.question: waiter.ticket.removal for waiter in waiters}
-        if records is None:
-            records, removals = {}, {}
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    records, removals = await self._cache.records([*detailed])
         now, found = time.time(), dict[Question, Found]()
         for question, record in records.items():
             if question in detailed:
@@ -3457,19 +3486,18 @@ class Lookups:
                 # While vPIC is configured, "undecodable" is no answer, because vPIC may know the VIN.
                 if is_decodable(decoding) or self._vpic.is_off:
                     found[question] = Found(self._make_record(question, decoding, "offline", life), "offline")
-        return found, removals
+        return found
 
-    async def _store_without_vpic(
-        self, found: dict[Question, Found], removals: dict[Question, int | None], is_final: bool
-    ) -> None:
-        """Store the rows that were decoded offline. If vPIC is not asked behind, claim stale rows, so that it is not
-        asked again at once. Else the call behind would find a fresh row, and not ask."""
+    async def _store_without_vpic(self, found: dict[Question, Found], removals: dict[Question, int | None]) -> None:
+        """Store the rows that were decoded offline. Claim the stale rows for which no ticket waits, so that vPIC is not
+        asked for them again at once. If a ticket waits, its call would take a claimed row for fresh, and not ask."""
         offline = [(new.record, removals.get(q)) for q, new in found.items() if new.outcome == "offline"]
         if offline:
             await self._store(offline)
             self._claim_at = 0  # because these rows are unconfirmed
             self._wake()
-        if is_final and (stale := [question for question, old in found.items() if old.outcome == "stale"]):
+        stale = [q for q, old in found.items() if old.outcome == "stale" and q not in self._tickets]
+        if stale:
             await self._cache.claim_expired(stale)
 
     # -- Batches -------------------------------------------------------------------------------------------------------
@@ -3613,9 +3641,9 @@ LIST_CHARACTERS = 1000  # the longest line of a list; if a line is longer, the f
 ROW_CHARACTERS = 2**15  # the longest row of CSV; some hundred rows are in memory at once
 PROGRESS_S = 60  # the log says so often how many lines of a batch were answered
 
-STEP_CHARACTERS = 2**14  # a thread reads so many, in some 0.3 ms, and then pauses
+STEP_CHARACTERS = 2**16  # a thread reads so many, in some 1.2 ms, and then pauses
 LINE_COST = 31  # characters that are added for each line, because an empty line takes time too
-PAUSE_S = 1e-5  # not 0, because the thread would then take Python's lock again before another thread wakes up
+PAUSE_S = 1e-5  # not 0, because the thread would then go on before another thread wakes up
 POLL_S = 0.2  # while a file is read, the service checks so often whether the client has left
 
 ONE_VIN_A_LINE = "send one VIN a line; with curl use --data-binary, because -d removes the line ends"
@@ -3677,7 +3705,7 @@ def media_type(header: str) -> str:
 
 
 upload_threads = ThreadPoolExecutor(32, "upload")
-upload_lock = threading.Lock()  # only the upload thread that holds it reads, so a lookup waits for one step of one
+upload_lock = threading.Lock()  # held by the one upload thread that reads, so that a lookup waits for one step at most
 
 
 async def in_upload_thread(work: Callable[..., Result], *given: Any) -> Result:
@@ -3945,7 +3973,9 @@ class Fleet:
         layout = self.layout
         if layout is None:
             for line in self._lines(LIST_CHARACTERS):
-                if line.strip(EDGES):
+                if is_normal(vin := line.rstrip("\r\n")):  # for speed, because most lines are like this
+                    yield Row(vin)
+                elif line.strip(EDGES):
                     yield list_row(line)
             return
         for text, values in self._csv_rows(layout):
@@ -3994,7 +4024,8 @@ class Fleet:
         while True:
             try:
                 line = self._text.readline(most + 1)
-                line.encode()
+                if not line.isascii():
+                    line.encode()
             except UnicodeError:
                 self._number += 1
                 tried = "UTF-8, UTF-16 or Windows-1252" if self._encoding == "cp1252" else self._encoding.upper()
@@ -4007,8 +4038,9 @@ class Fleet:
             self._left -= len(line) + LINE_COST
             if self._left <= 0:
                 self._left = STEP_CHARACTERS
-                time.sleep(PAUSE_S)
+                time.sleep(PAUSE_S)  # with the lock, so that the event loop goes on and no other upload thread
                 upload_lock.release()
+                time.sleep(PAUSE_S)  # else this thread would take the lock again before another one wakes up
                 upload_lock.acquire()
             yield line
 
@@ -4139,11 +4171,11 @@ async def as_csv(
         out.truncate()
         for line in cast(list[list[Any]], some):
             row = sent.popleft()
-            if row.text:
+            if layout:
                 out.write(row.text + separator)
             if FORMULA.search("\0".join(["", *line[1:]])):  # one search is faster than one for each value
                 line = [f"'{value}" if FORMULA.match(f"\0{value}") else value for value in line]
-            writer.writerow(line if row.text else [row.vin, row.model_year, *line])
+            writer.writerow(line if layout else [row.vin, row.model_year, *line])
         yield out.getvalue().encode(errors="replace")  # a VIN sent in JSON may have a lone surrogate
 
 
@@ -4379,14 +4411,12 @@ class Exporter:
             try:
                 await self._write(snapshot)
                 outcome = "ok"
-            except (OSError, EOFError, NotImplementedError, StoreFault) as error:
+            except (OSError, EOFError, NotImplementedError, ValueError, StoreFault) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)
                 self._kept = [other for other in self._kept if other is not snapshot]
                 snapshot.close()  # now: the frames of the error refer to the object, and gc runs rarely
                 if not isinstance(error, StoreFault):
                     await self._stop_process()  # the next export starts another one
-                elif "malformed" in str(error) or "not a database" in str(error):
-                    await self._store.report_damage(str(error))
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     sentence = f"The export cannot be kept ({reason(error)}); ask again later."
                     raise HTTPException(503, sentence, ask_again(60)) from None
@@ -4399,7 +4429,8 @@ class Exporter:
 
     async def _write(self, snapshot: Snapshot) -> None:
         """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
-        file can't be written, and OSError (TimeoutError is one), EOFError or NotImplementedError without an answer."""
+        file can't be written, and OSError (TimeoutError is one), EOFError, NotImplementedError or ValueError without an
+        answer."""
         if self._process is None or self._process.returncode is not None:
             pipe = asyncio.subprocess.PIPE
             self._process = await asyncio.create_subprocess_exec(
@@ -4426,10 +4457,10 @@ class Exporter:
                 },
             }
             code, sentence = await self._carry_out(self._process, order)
-        if code:
-            raise OSError(code, sentence)
-        if sentence:
-            raise StoreFault(sentence)
+            if code:
+                raise OSError(code, sentence)
+            if sentence:
+                raise StoreFault(sentence)
 
     @staticmethod
     async def _carry_out(process: asyncio.subprocess.Process, order: dict[str, Any]) -> tuple[int, str]:
@@ -4601,8 +4632,6 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
             # The garbage collector never looks through the objects of the start again, and seldom through new ones.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
-            # A thread that decodes or reads an upload gives Python's lock to the event loop so soon (seconds).
-            sys.setswitchinterval(0.0005)
             yield {
                 "settings": settings,
                 "cache": cache,

@@ -37,6 +37,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
+    aclosing,
     asynccontextmanager,
     closing,
     contextmanager,
@@ -1962,6 +1963,21 @@ async def test_a_file_of_schema_1_is_migrated(
     assert is_whole(tmp_path / "cache.db")
 
 
+async def test_a_migration_that_has_to_wait_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """When it is done, not at each try while another program holds a lock."""
+    database = of_schema_1(tmp_path / "cache.db")
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store = main.FileStore(database, 5)
+        opening = asyncio.create_task(store.__aenter__())
+        await asyncio.sleep(1)
+        assert logged(caplog, "^cache ") == []
+        other.execute("ROLLBACK")
+        await opening
+    await store.__aexit__()
+    assert [message.split(":")[0] for message in logged(caplog, "^cache ")] == ["cache migrated"]
+
+
 async def test_a_migration_that_is_killed_leaves_schema_1(tmp_path: Path) -> None:
     """Wherever it is killed, the file has all its rows, in the old form or in the new."""
     seen = set()
@@ -2241,7 +2257,9 @@ async def test_a_new_file_is_its_groups_where_the_folder_is(tmp_path: Path, fold
     async with main.FileStore(database, 1) as store:
         for cause in ("", "played"):
             if cause:
-                await store.report_damage(cause)
+                with suppress(main.StoreFault):
+                    async with store.open_copy():
+                        raise main.StoreFault("database disk image is malformed")
             await store.write((main.PROBE, ()))
             assert [Path(f"{database}{part}").stat().st_mode & 0o777 for part in main.PARTS] == [mode] * 3
 
@@ -2596,6 +2614,20 @@ async def test_one_process_sweeps_for_all_that_share_the_cache(
                     )
                 await until(lambda: len(attempts) == 3)
             assert (ends_in, attempts.count(True)) == (ends_in, got)
+
+
+async def test_a_sweep_finds_all_rows_of_a_vin(tmp_path: Path) -> None:
+    """Also where its 1,000 rows end between two model years of it."""
+    async with main.FileStore(tmp_path / "cache.db", 5) as store:
+        last = "9" * 17
+        cache = main.Cache(store, simulated_settings(keep_expired=86400))
+        await cache.store([(record(vin), None) for vin in trucks(999)])
+        await cache.store(
+            [(record(last, year, expires_at=9 if year else 2**40), None) for year in ("", "1994", "2024")]
+        )
+        await cache._sweep_once(int(time.time()), 3600)
+        kept = await store.read("SELECT model_year_asked FROM vehicles WHERE vin = ?", (last,))
+        assert kept == [("",)]
 
 
 @BOTH
@@ -3646,6 +3678,16 @@ async def test_a_vin_on_which_vpic_chokes_fails_alone(start: Start, vpic: Played
         assert await service.breaker() == "ok"
 
 
+def test_one_vin_asked_with_many_years_does_not_open_the_breaker() -> None:
+    """It may be the VIN on which vPIC fails, whatever the year."""
+    breaker = main.Breaker(failures=3, seconds=30)
+    for vin, opens in ((TRUCK, False), (OTHER_TRUCK, False), (trucks(1)[0], True)):
+        for year in range(2000, 2010):
+            with suppress(main.VpicUnavailable), breaker.watch_call([main.ask(vin, str(year))]):
+                raise main.VpicUnavailable(main.TOO_LATE)
+        assert breaker.closed is not opens
+
+
 async def test_what_no_vin_can_be_the_cause_of_opens_the_breaker(start: Start, vpic: PlayedVpic) -> None:
     """Refusals and refused connections speak against vPIC, be it for one VIN only."""
     vpic.fault = refuses(403)
@@ -3843,6 +3885,23 @@ async def test_the_log_names_the_age_of_the_offline_data(
     await main.note_versions()
     [record] = caplog.records
     assert (record.levelname, "2026-10" in record.getMessage()) == (level, True)
+
+
+def test_a_panic_of_the_offline_decoder_costs_only_its_own_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panic in Rust is no Exception for Python; all other VINs are decoded."""
+    decode, vins = ultravin.decode_batch, trucks(3 * main.OFFLINE_MOST)
+
+    class Panic(BaseException):
+        pass
+
+    def decode_or_panic(some: list[str], **given: Any) -> Any:
+        if vins[main.OFFLINE_MOST] in some:
+            raise Panic
+        return decode(some, **given)
+
+    monkeypatch.setattr(ultravin, "decode_batch", decode_or_panic)
+    found = main.decode_offline(vins)
+    assert [*found] == vins[: main.OFFLINE_MOST] + vins[2 * main.OFFLINE_MOST :]
 
 
 async def test_offline_attributes_have_vpics_ids(start: Start) -> None:
@@ -4179,12 +4238,16 @@ async def test_a_bug_in_a_call_ends_what_waits_for_it(
         raise RuntimeError("a bug, played")
 
     async with start(vpic_timeout=5) as service, asyncio.timeout(20):
+        outcomes: list[str] = []
         with monkeypatch.context() as patched:
             patched.setattr(main, "parse", bug)
+            note = SimpleNamespace(record=lambda _, attributes: outcomes.append(attributes["outcome"]))
+            patched.setattr(main, "vpic_duration", note)
             status, body = await service.lookup(TRUCK)
             assert (status, body["detail"]) == (503, main.SERVICE_FAULT.detail)
             assert [line["status"] for line in await service.batch([TRUCK, OTHER_TRUCK])] == [503, 503]
-        assert len(logged(caplog, "lookup failed", logging.ERROR)) == 2
+        assert len(logged(caplog, "work in the background failed", logging.ERROR)) == 2
+        assert outcomes == ["failed"] * 2
         assert (await service.lookup(TRUCK))[0] == 200
 
 
@@ -6175,6 +6238,65 @@ def test_a_batch_ends_though_the_store_and_vpic_hang() -> None:
         assert (simulation.callers, simulation.complaints) == ([], [])
 
 
+def answers_of(simulation: Simulation, vins: list[str], patience: float | None = None) -> "asyncio.Task[list[Any]]":
+    """A batch, whose lines are the task's result."""
+
+    async def windows() -> AsyncIterator[list[main.Row]]:
+        yield [main.Row(vin) for vin in vins]
+
+    async def take() -> list[Any]:
+        lines = simulation.lookups.batch(windows(), main.LineForm(is_csv=False, details=False), patience)
+        async with aclosing(lines):
+            return [json.loads(cast(str, line)) async for some in lines for line in some]
+
+    return simulation.world.create_task(take())
+
+
+def test_a_batch_waits_for_the_rate_also_where_a_lookup_asks_the_same() -> None:
+    """The lookup has no time to wait until the rate has room again; the line has."""
+    with Simulation(vpic_rate=1, vpic_concurrency=2) as simulation:
+        one, other, shared = SIMULATED_VINS[:3]
+        simulation.look_up(one)
+        simulation.sleep(1)
+        batches = []
+        for vin in (other, shared):  # the first has the only place for batches
+            batches.append(answers_of(simulation, [vin]))
+            simulation.sleep(1)
+        caller = simulation.look_up(shared)
+        simulation.sleep(9)
+        assert (caller.outcome, [batch.done() for batch in batches]) == ("offline", [False, False])
+        simulation.sleep(140)
+        assert [line["source"] for batch in batches for line in batch.result()] == ["vpic", "vpic"]
+
+
+def test_an_offline_answer_is_cached_though_a_batch_waits_on() -> None:
+    """After a failed call the line waits for a second one. The answer of the lookup is there for others."""
+    with Simulation(vpic_concurrency=1) as simulation:
+        simulation.mark_trouble()
+        simulation.vpic.weather = "broken"
+        one, shared = SIMULATED_VINS[:2]
+        answers_of(simulation, [one])  # it has the only place
+        simulation.sleep(0.1)
+        answers_of(simulation, [shared])
+        caller = simulation.look_up(shared)
+        while not caller.outcome:
+            simulation.sleep(0.01)
+        rows = simulation.store._database.execute("SELECT source FROM vehicles WHERE vin = ?", (shared,)).fetchall()
+        assert (caller.outcome, rows) == ("offline", [("offline",)])
+
+
+def test_nothing_is_decoded_for_a_batch_whose_client_is_gone() -> None:
+    """Its patience ends, but nobody waits for the answers."""
+    with Simulation(vpic_concurrency=1) as simulation:
+        simulation.mark_trouble()
+        simulation.vpic.weather = "hanging"
+        batch = answers_of(simulation, SIMULATED_VINS[:3], patience=2)
+        simulation.sleep(1)
+        batch.cancel()
+        simulation.sleep(3)
+        assert [source.kind for source in simulation.sources if source.kind == "offline"] == []
+
+
 def test_who_joins_while_a_question_goes_into_its_next_call_shares_it() -> None:
     """Between the two calls the ticket's removal is not read; that is no sign that the VIN was removed."""
     with Simulation(offline=False) as simulation:
@@ -6519,6 +6641,25 @@ async def test_what_stands_above_the_names_comes_back(service: Service, title: s
     _, body, _ = await upload(service, (above + content + "9,A,1994,b,c\r\n").encode())
     number = (above + content).count("\r\n") + 1
     assert body["detail"][0]["msg"] == f"Line {number}: 5 columns, but only 4 have names"
+
+
+async def test_a_row_whose_text_is_empty_has_the_same_columns(service: Service) -> None:
+    """A comma alone, below one name: the blank value beyond the columns is cut off, and nothing is left of the row."""
+    status, body, _ = await upload(service, f"vin\n{TRUCK}\n,\n".encode())
+    names, *rows = csv.reader(io.StringIO(body.decode()))
+    assert (status, [len(row) for row in rows]) == (200, [len(names)] * 2)
+    assert [row[names.index("decoded_status")] for row in rows] == ["200", "422"]
+
+
+def test_a_small_upload_does_not_wait_for_a_large_one() -> None:
+    """They take turns: twenty small files are read, one after the other, while a large one is read."""
+    large, small = [f"{TRUCK}\n".encode() * count for count in (1_000_000, 2000)]
+    reading = threading.Thread(target=main.Fleet, args=(io.BytesIO(large), "utf-8", main.TEXT))
+    reading.start()
+    for _ in range(20):
+        assert main.Fleet(io.BytesIO(small), "utf-8", main.TEXT).count == 2000
+    assert reading.is_alive()
+    reading.join()
 
 
 async def test_names_that_stand_too_low_are_none(service: Service) -> None:
@@ -7504,6 +7645,17 @@ async def test_what_the_exporting_process_dies_of_is_one_line(
     assert (await service.ask("GET", "/export"))[0] == 200
 
 
+async def test_an_exporting_process_that_prints_anything_else_is_replaced(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library may print a line. The export is refused, and no later export takes an answer for its own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "EXPORT_PROGRAM", f"print('a notice'){chr(10)}{main.EXPORT_PROGRAM}")
+        assert (await service.ask("GET", "/export"))[0] == 503
+    await service.lookup(TRUCK)
+    assert [*(await read_export(service))["vin"]] == [TRUCK]
+
+
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
 async def test_an_export_in_any_form_tells_what_it_is(service: Service, compression: str) -> None:
     """The compression that was asked for; statistics to search by; whose file it is, and of when."""
@@ -7604,6 +7756,18 @@ async def test_an_export_that_finds_damage_has_the_file_replaced(tmp_path: Path)
         snapshot = exporter.queue(kind, "")
         await snapshot.ready
         assert pd.read_parquet(snapshot.path).empty
+
+
+async def test_an_export_that_finds_damage_replaces_no_other_file(tmp_path: Path) -> None:
+    """A read found the damage before: the file at the path is a fresh one, whose rows stay."""
+    async with main.FileStore(tmp_path / "cache.db", 2) as store:
+        with suppress(main.StoreFault):
+            async with store.open_copy():
+                await store._replace(store._file, "played", damaged=True)
+                await store.write((main.store_records(1), (*record(), None)))
+                raise main.StoreFault("database disk image is malformed")
+        assert await store.read("SELECT vin FROM vehicles", ()) == [(TRUCK,)]
+    assert len([*tmp_path.glob("cache.db.damaged-*Z")]) == 1
 
 
 # ======================================================================================================================
