@@ -2,8 +2,9 @@
 
 The journey of a VIN:
   1. `Middleware` finds the route and checks the key, the client's limit and the size of the body.
-  2. It answers a cached VIN at once, by `Cache.hit`: most journeys end here, also for a row that has just expired.
-  3. Else `normalize_vin` makes a `Vin` of the text that was sent, or a 422, and `Lookups.lookup` takes the question.
+  2. It answers a GET of a cached VIN in capitals at once, by `Cache.hit`: most journeys end here, also for a row that
+     has just expired.
+  3. Else `normalize_vin` makes a `Vin` of the text that was sent, or a 422, and `Lookups.lookup` looks in the cache.
   4. `_join` shares the question's ticket if there is one, else `Scheduler` has a new ticket wait for a place.
   5. `_call_vpic` asks vPIC for all tickets of a call; `Vpic.decode` has the retries, the rate and the breaker.
   6. If vPIC can't be used, or the caller's patience is over, `_answer_without_vpic` serves the expired row, else an
@@ -13,7 +14,7 @@ A batch is many such journeys, answered in order; `Fleet` reads them from an upl
 answers beside the file's own columns. An export is one snapshot of the whole table, made by a process of its own.
 
 The rooms, in their order; each uses only those above it:
-  Settings    the environment, read nowhere else         Offline     decoding with the data inside ultravin
+  Settings    the variables VINCACHE_*                   Offline     decoding with the data inside ultravin
   Models      what comes in and what goes out            Lookups     tickets, the scheduler, batches
   Errors      failures, and the one renderer             Fleet       files of VINs, and answers as CSV
   Telemetry   the log and the metrics that are ours      Export      the table as Parquet; pandas is used only here
@@ -29,14 +30,14 @@ Glossary:
   question    what is asked and cached: a VIN, and the model year where it is given
   vPIC        NHTSA's public decoder
   call        one HTTP request to vPIC, for one question or for up to 50
-  decodable   vPIC knows a make for the VIN; an undecodable VIN is an answer too, and is cached
+  decodable   vPIC knows a make for the VIN, without its error 7; an undecodable VIN is an answer too, and is cached
   record      a row of the table `vehicles`: what was decoded, from which source, when, and until when it is fresh
   ticket      a question that waits for vPIC or is being asked, shared by all callers that ask it at that moment
   place       one of the few calls to vPIC that may be made at once
   stale       a row past its `expires_at`, served in its grace, or because vPIC can't be used
   store       what executes SQL: one SQLite file, or an rqlite cluster that many nodes of the service share
   snapshot    an export that is built: a Parquet file of all rows at one moment
-  line        of a file, of the answer of a batch, or of the log: always a line of text
+  line        of a file, of the log, or of the answer of a batch (there JSON text, or the values of a CSV row)
 """
 
 import asyncio
@@ -140,7 +141,7 @@ if sys.platform != "win32":
     import fcntl
 
 # ======================================================================================================================
-# Settings: the only room that reads the environment. Every setting is one line, with its unit and its reason.
+# Settings: the only room that reads the variables VINCACHE_*. Every setting has its unit and its reason.
 # ======================================================================================================================
 
 
@@ -149,7 +150,7 @@ class StartupError(Exception):
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """For the end of an error: the known name that is much like this one, or an empty string."""
+    """The end of an error, like ` (did you mean TTL?)`: the known name that is much like this one. Empty if none is."""
     plain = {re.sub("[^a-z]", "", word.lower()): word for word in known}
     similar = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
     return f" (did you mean {plain[similar[0]]}?)" if similar else ""
@@ -166,8 +167,8 @@ def check_url(url: str) -> str:
 
 def check_origins(origins: str) -> str:
     """The origins as given. Raises ValueError unless each is one as a browser sends it, or `*` for all."""
-    if not all(
-        re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin.strip()) for origin in origins.split(",") if origins
+    if origins and not all(
+        re.fullmatch(r"\*|https?://[a-z0-9.:\[\]-]+", origin.strip()) for origin in origins.split(",")
     ):
         raise ValueError("not origins in small letters, like https://fleet.example.com,https://example.com")
     return origins
@@ -198,8 +199,8 @@ def find_cluster(database: str) -> ClusterAddress | None:
     if (
         scheme not in ("rqlite", "rqlites")
         or not all(node and 0 < int(node[1] or 4001) < 2**16 for node in nodes)
-        or re.search(r"\s", credentials)
-        or ":" in user
+        or re.search(r"\s", credentials)  # `mask` would not hide them in the log
+        or ":" in user  # Basic authorization can't send it
     ):
         raise ValueError("neither a path nor like rqlite://user:password@db1:4001,db2:4001")
     http = "https" if scheme == "rqlites" else "http"
@@ -221,7 +222,7 @@ def check_moment(moment: datetime) -> datetime:
 
 
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
-NoneOrSeconds = Annotated[float, Field(ge=0, le=1e9)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
 Moment = Annotated[datetime, AfterValidator(check_moment)]
 Url = Annotated[str, AfterValidator(check_url)]
@@ -250,7 +251,7 @@ class Settings(BaseSettings):
     )
     ttl: Seconds = 30 * 86400  # a decoded VIN stays fresh for this long: vPIC's data change with its releases
     invalid_ttl: Seconds = 86400  # an undecodable one: its manufacturer may register tomorrow
-    grace: NoneOrSeconds = 7 * 86400  # a row that expired no longer ago is served at once, then vPIC is asked again
+    grace: SecondsOrZero = 7 * 86400  # a row that expired no longer ago is served at once, then vPIC is asked again
     fresh_since: Moment | None = None  # what vPIC said before counts as just expired: its data changed, or were wrong
     keep_expired: Seconds = 30 * 86400  # an expired row is kept for this long, for outages of vPIC; then it is deleted
     attributes: bool = True  # store all that vPIC says, for details=true: some 1.3 kB a VIN
@@ -260,7 +261,7 @@ class Settings(BaseSettings):
     vpic_timeout: Seconds = 8  # the deadline of one lookup, retries and waiting included
     # How long a caller waits for vPIC before it is answered without it. Unset: a lookup until its deadline, a batch
     # until vPIC has failed for long.
-    patience: NoneOrSeconds | None = None
+    patience: SecondsOrZero | None = None
     # The deadline of one call for 50 VINs, of which vPIC decodes some 20 a second. It is also how long vPIC has to fail
     # before the lines of a batch are answered without it.
     vpic_batch_timeout: Seconds = 30
@@ -280,7 +281,8 @@ class Settings(BaseSettings):
     rate_storage: StorageUrl = (
         "async+memory://"  # where clients and calls to vPIC are counted; processes share `async+redis://...`
     )
-    api_key: SecretStr = SecretStr("")  # keys for /remove and /export, comma-separated; empty: no key is needed
+    # The keys for /remove, /export and /metrics, comma-separated; empty: no key is needed.
+    api_key: SecretStr = SecretStr("")
     private: bool = False  # lookups need a key too
     max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # seconds for which HTTP caches may answer without asking us
     cors_origins: Origins = ""  # pages of these origins may read our answers in a browser
@@ -355,8 +357,8 @@ def read_settings() -> Settings:
 
 
 # ======================================================================================================================
-# Models: what comes in and what goes out, each declared once. Only this room handles a VIN as it was sent; a `Vin` is
-# normalized.
+# Models: what comes in and what goes out, each declared once. A `Vin` is normalized; the VIN of a `BatchRow` is as it
+# was sent.
 # ======================================================================================================================
 
 # The characters that spreadsheets, telematics and copying leave around a value: all of Unicode's controls (Cc), formats
@@ -387,7 +389,7 @@ def unwrap(given: str) -> str:
     """The value without the edge characters and the quotes around it, and without a spreadsheet's text form."""
     value = given.strip(EDGES)
     if wrapped := WRAPPED.fullmatch(value):
-        value = wrapped[wrapped.lastindex or 0].strip(EDGES)
+        value = (wrapped[1] or wrapped[2]).strip(EDGES)
     return value
 
 
@@ -463,8 +465,8 @@ Vin = Annotated[
 
 
 def describe_model_year(*types: dict[str, Any]) -> WithJsonSchema:
-    """The schema of a model year of one of these types. It does not list the years, because a client that is generated
-    from it would refuse later years."""
+    """The schema of a model year of one of these types. It does not list the years, because a generated client would
+    have a constant for each of them."""
     return WithJsonSchema(
         {
             "anyOf": [*types, {"type": "null"}],
@@ -475,7 +477,7 @@ def describe_model_year(*types: dict[str, Any]) -> WithJsonSchema:
     )
 
 
-LAST_YEAR = last_model_year()
+LAST_YEAR = last_model_year()  # of the schema; `normalize_model_year` takes a later one after New Year
 LAST_DECADE, LAST_DIGIT = divmod(LAST_YEAR - 2000, 10)
 YEARS = rf"19[89][0-9]|20[0-{LAST_DECADE - 1}][0-9]|20{LAST_DECADE}[0-{LAST_DIGIT}]"
 ModelYear = Annotated[
@@ -498,7 +500,7 @@ DOUBT = (
 Question = str
 
 
-def ask(vin: str, model_year: str = "") -> Question:
+def make_question(vin: str, model_year: str = "") -> Question:
     return f"{vin},{model_year}" if model_year else vin
 
 
@@ -570,7 +572,7 @@ Item = Annotated[
 
 
 def check_items(given: object) -> object:
-    """Raises one error for all elements of a wrong type, because pydantic would report 2 kB for each of them."""
+    """Raises one short error for all elements of a wrong type: pydantic would report only the first one, in 2 kB."""
     if isinstance(given, list):
         bad = [str(index) for index, item in enumerate(given) if not isinstance(item, str | dict)]
         if bad:
@@ -579,7 +581,7 @@ def check_items(given: object) -> object:
     return given
 
 
-class Row(NamedTuple):
+class BatchRow(NamedTuple):
     """A row of a batch, as the client sent it."""
 
     vin: str
@@ -593,13 +595,13 @@ class BatchBody(Body):
     vins: Annotated[list[Item], FailFast(), BeforeValidator(check_items)] = Field(examples=[EXAMPLE_ITEMS])
     details: StrictBool = Field(False, description="With all that vPIC says, as `attributes` of each line")
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[BatchRow]:
         for item in self.vins:
-            yield Row(item) if isinstance(item, str) else Row(item.vin, item.model_year)
+            yield BatchRow(item) if isinstance(item, str) else BatchRow(item.vin, item.model_year)
 
 
 class Vehicle(BaseModel):
-    """A decoded VIN. Empty where vPIC has no data; `error_*` has its warnings, a wrong check digit included."""
+    """A decoded VIN. A field is empty where vPIC has no data; `error_*` has its warnings, like a wrong check digit."""
 
     vin: str = Field(examples=[EXAMPLE])
     make: str = Field(examples=["PETERBILT"])
@@ -712,10 +714,12 @@ Line = str | Sequence[Any]
 def make_line(form: LineForm, status: int, fields: dict[str, Any], detail: str, attributes: str = "{}") -> Line:
     """A line of a batch. Fields that are not given are empty; `attributes` is JSON text."""
     line = dict.fromkeys(form.names, "") | {"cached_result": False} | fields | {"status": status, "detail": detail}
-    if form.is_csv:
-        line["cached_result"] = str(line["cached_result"]).lower()
-        return [*(line | ({"attributes": attributes} if form.details else {})).values()]
-    return to_json(line | ({"attributes": json.loads(attributes)} if form.details else {}))
+    if form.details:
+        line["attributes"] = attributes if form.is_csv else json.loads(attributes)
+    if not form.is_csv:
+        return to_json(line)
+    line["cached_result"] = str(line["cached_result"]).lower()
+    return [*line.values()]
 
 
 def to_json(value: object) -> str:
@@ -757,16 +761,16 @@ class Record(NamedTuple):
 
     @property
     def question(self) -> Question:
-        return ask(self.vin, self.model_year_asked)
+        return make_question(self.vin, self.model_year_asked)
 
     @property
     def status(self) -> int:
         return 200 if self.decoded else 404
 
-    def answers(self, now: float, details: bool) -> bool:
+    def is_usable(self, now: float, details: bool) -> bool:
         """Whether the row is an answer: it is fresh or an offline one, and has the attributes if they are wanted."""
-        is_fresh = self.source == "offline" or self.expires_at > now
-        return is_fresh and (self.attributes is not None or not details)
+        in_time = self.source == "offline" or self.expires_at > now
+        return in_time and (self.attributes is not None or not details)
 
     def fields(self, outcome: str) -> dict[str, Any]:
         """The fields of an answer. FIELDS_SQL makes the same of a row in SQL."""
@@ -800,7 +804,7 @@ COLUMNS = Record._fields[:-1]
 # ======================================================================================================================
 
 
-def ask_again(seconds: float) -> dict[str, str]:
+def retry_after_header(seconds: float) -> dict[str, str]:
     """The header Retry-After: at least 1, because a client would ask again at once after 0."""
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
@@ -827,7 +831,7 @@ TOO_LATE = Failure(504, "vPIC did not answer in time; ask again later.", blames_
 TOO_LITTLE_TIME = TOO_LATE._replace(blames_vpic=False)  # a working vPIC could not have answered either
 LEFT_ALONE = Failure(503, "vPIC fails and is left alone for now; ask again later.")
 CROWDED = Failure(503, "Too many VINs are waiting for vPIC; ask again later.", blames_vpic=False)
-SWITCHED_OFF = Failure(503, "vPIC is switched off, and the offline data does not serve.")
+SWITCHED_OFF = Failure(503, "vPIC is switched off, and this VIN cannot be decoded offline.")
 SERVICE_FAULT = Failure(503, "The service failed to ask vPIC; its log has the cause.")
 
 
@@ -836,13 +840,15 @@ class VpicUnavailable(HTTPException):
 
     def __init__(self, failure: Failure, cause: str = "", *, retry_after: float | None = None, vin: str = "") -> None:
         self.failure, self.cause, self.retry_after, self.vin = failure, cause, retry_after, vin
-        super().__init__(failure.status, failure.detail, None if retry_after is None else ask_again(retry_after))
+        super().__init__(
+            failure.status, failure.detail, None if retry_after is None else retry_after_header(retry_after)
+        )
 
     def about(self, vin: str) -> "VpicUnavailable":
         """A copy for one caller and its VIN, because a shared exception would collect the tracebacks of all callers."""
         wait = self.retry_after
-        if wait is None and self.failure.status == 503 and self.cause:  # vPIC refused; it counts calls by the minute
-            wait = 60
+        if wait is None and self.failure.status == 503 and self.cause:
+            wait = 60  # a 503 with a cause is vPIC's own refusal, and vPIC counts calls by the minute
         return VpicUnavailable(self.failure, retry_after=wait, vin=vin)
 
 
@@ -857,7 +863,7 @@ NOT_STORED = {"Cache-Control": "no-store"}  # because an HTTP cache may store so
 async def render_error(request: Request, error: Exception) -> JSONResponse:
     """The response for an error: of this service, of FastAPI's validation, of Starlette's routing, or for a bug."""
     if isinstance(error, RequestValidationError):
-        if isinstance(error.body, bytes):
+        if isinstance(error.body, bytes):  # FastAPI has not parsed it, because its type is not JSON
             faults = [Fault(type="content_type", loc=["body"], msg=SEND_JSON)]
         else:
             # Without `input` and `ctx`, because a lone surrogate or a NaN in what was sent would make this a 500.
@@ -889,7 +895,7 @@ waiting_gauge = meter.create_gauge("vincache.lookups.waiting", description="Look
 calls_gauge = meter.create_gauge("vincache.vpic.calls", description="Calls to vPIC under way")
 # These three are counted by the process that sweeps, when it does.
 rows_gauge = meter.create_gauge("vincache.rows", description="Rows in the cache")
-expired_gauge = meter.create_gauge("vincache.rows.expired", description="Of these, rows that have expired")
+expired_gauge = meter.create_gauge("vincache.rows.expired", description="Rows in the cache that have expired")
 size_gauge = meter.create_gauge("vincache.size", unit="By", description="Size of the database")
 unconfirmed_gauge = meter.create_gauge("vincache.unconfirmed", description="Rows decoded offline, not by vPIC yet")
 build_gauge = meter.create_gauge("vincache.build_info", description="1, with the versions that run")
@@ -952,7 +958,7 @@ def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
 
 
 def explain_cancellation(record: logging.LogRecord) -> bool:
-    """A filter. When uvicorn stops and cancels a request, it logs a sentence in place of the traceback."""
+    """A filter. For a request that uvicorn cancels when it stops, the log has a sentence in place of the traceback."""
     if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
         record.msg, record.args, record.exc_info = "request cut off: --timeout-graceful-shutdown is over", None, None
     return True
@@ -1042,14 +1048,14 @@ class Tasks:
         return len(self._tasks)
 
     def start(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-        """Begin the work. If it fails and nobody waits for it, the log has the error."""
+        """Begin the work. If it fails and nobody ever waits for it, asyncio logs the error."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Begin the work and wait for it."""
+        """Begin the work and wait for it. If the caller leaves first, nobody hears of an error."""
         return await asyncio.shield(self.start(work))
 
     async def finish(self, cancel: bool = False) -> None:
@@ -1170,7 +1176,8 @@ class Rates:
         window = FixedWindowRateLimiter(self._storage)
 
         async def take() -> float:
-            # Look first, because a refused request must not count; then others may have taken the room since.
+            # Look first, because `hit` counts a request even if it refuses it. It may still refuse this one, because
+            # others may have taken the room meanwhile.
             room = await window.test(limit, tag, client, cost=cost)
             if room and (not counts or await window.hit(limit, tag, client, cost=cost)):
                 return 0
@@ -1204,7 +1211,7 @@ class Rates:
         try:
             async with asyncio.timeout(STORAGE_TIMEOUT_S):
                 result = await work()
-        except TypeError:
+        except TypeError:  # the URL has an option that redis does not know; `__aenter__` tells the operator
             raise
         except Exception as error:  # noqa: BLE001 - redis may raise anything, and requests are answered all the same
             self._outage.begin(str(error) or "no answer")
@@ -1224,7 +1231,8 @@ SCHEMA = Path(__file__).with_name("schema.sql").read_text("utf-8")
 PRAGMAS, BEGIN, TABLES = SCHEMA.partition("BEGIN IMMEDIATE;")
 TABLES, COMMIT, _ = TABLES.partition("COMMIT;")
 
-OWNER = """
+# Whose database it is, the version of its schema, and how many objects it has.
+DATABASE_STATE = """
 SELECT (SELECT application_id FROM pragma_application_id),
        (SELECT user_version FROM pragma_user_version),
        (SELECT count(*) FROM sqlite_master)
@@ -1261,9 +1269,9 @@ FIELDS_SQL = (
 )
 STATUS = "iif(decoded, 200, 404)"
 DETAIL = f"iif(decoded, '', '{UNDECODABLE}')"
-# When a row expires. If vPIC's answer is older than `:fresh_since`, the row expires now. But if it would expire within
-# `:stale_ttl` anyway, it may have been claimed, or vPIC may have failed for it: then its time stands, because vPIC must
-# not be asked for it again before.
+# When a row expires: now, if vPIC's answer is older than `:fresh_since`. But a row that expires within `:stale_ttl`
+# keeps its time, because it may have been claimed, and then vPIC must not be asked for it again before. The 1 is there
+# because `Cache._claim` rounds up.
 EXPIRES_AT = """iif(source = 'vpic' AND fetched_at < :fresh_since AND expires_at > :now + :stale_ttl + 1,
   CAST(:now AS INTEGER), expires_at)"""
 # A row from vPIC is also served during the grace. An offline row is served until vPIC's answer replaces it.
@@ -1277,8 +1285,8 @@ def json_object(fields: dict[str, str]) -> str:
 
 
 def find_cached(columns: str, details: bool) -> str:
-    """The statement that selects these columns of the rows of `:questions` that may be served. The columns are JSON
-    already, because SQLite writes it faster than Python would."""
+    """The statement that selects these columns of the rows of `:questions` that may be served. But for CSV, the fields
+    are JSON text already, because SQLite writes it faster than Python would."""
     # CROSS JOIN, because SQLite then looks up each question and does not read the whole table.
     return f"""
     SELECT asked.value, {columns}
@@ -1331,7 +1339,7 @@ ROWS_MOST = 100  # in a statement that has parameters for each row: more rows wo
 
 
 @cache
-def store_records(count: int) -> str:
+def store_sql(count: int) -> str:
     """The statement that stores so many records. The parameters of each are its values, and the `removed_at` of its VIN
     as it was before vPIC was asked: if the VIN was removed since then, the record is not stored. A record that was
     decoded offline never replaces one from vPIC."""
@@ -1355,9 +1363,10 @@ UNCONFIRMED = "SELECT count(*) FROM vehicles WHERE source = 'offline'"
 UNCONFIRMED_DUE = "SELECT 1 FROM vehicles WHERE source = 'offline' AND expires_at <= ? LIMIT 1"
 
 
-def claim(rows: str) -> str:
+def claim_sql(rows: str) -> str:
     """The statement that claims these rows until `:until`, and returns their questions."""
-    # REPLACE, because rqlite returns no rows of an UPDATE that has a subquery.
+    # REPLACE, because rqlite returns no rows of an UPDATE that has a subquery. The attributes stay, because a REPLACE
+    # does not fire the trigger of a DELETE.
     return f"""
     REPLACE INTO vehicles ({", ".join(COLUMNS)})
     SELECT {", ".join(":until" if column == "expires_at" else column for column in COLUMNS)} FROM {rows}
@@ -1365,15 +1374,17 @@ def claim(rows: str) -> str:
     """  # noqa: S608 - our own column names
 
 
-CLAIM_UNCONFIRMED = claim("vehicles WHERE source = 'offline' AND expires_at <= :now ORDER BY expires_at LIMIT :most")
+CLAIM_UNCONFIRMED = claim_sql(
+    "vehicles WHERE source = 'offline' AND expires_at <= :now ORDER BY expires_at LIMIT :most"
+)
 
 
-def claim_expired(count: int) -> str:
+def claim_expired_sql(count: int) -> str:
     """The statement that claims, of the rows of the questions `:q0`, `:q1` and so on, those that have expired."""
     names = [f":q{index}" for index in range(count)]
     vins = ", ".join(f"substr({name}, 1, 17)" for name in names)
     # Without json_each, because rqlite would return no rows. The first condition finds the rows by the primary key.
-    return claim(f"""vehicles
+    return claim_sql(f"""vehicles
     WHERE vin IN ({vins}) AND rtrim(vin || ',' || model_year_asked, ',') IN ({", ".join(names)})
       AND source = 'vpic' AND {EXPIRES_AT} <= :now""")
 
@@ -1465,7 +1476,7 @@ class Store(Protocol):
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
-    """The statements that bring a database to this schema, given what OWNER selected from it.
+    """The statements that bring a database to this schema, given what DATABASE_STATE selected from it.
 
     Raises StartupError if the database has a newer schema or is another program's."""
     if application != APPLICATION_ID and (application or version or objects):
@@ -1507,7 +1518,7 @@ def is_locked(error: Exception) -> bool:
     return isinstance(error, BlockingIOError) or has_code(error, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL)
 
 
-LOCK_TRY_S = 0.2  # for which SQLite waits for a lock: not longer, because its thread can't be cancelled
+LOCK_TRY_S = 0.2  # for which SQLite waits for a lock at the opening: not longer, because its thread can't be cancelled
 LOCK_PAUSE_S = 0.05  # from one try to the next
 START_TIMEOUT_S = 30  # for which a start waits for a file that another program has locked
 MIGRATION_TIMEOUT_S = 600  # for which a start waits for another process of the service, which may migrate a large file
@@ -1581,7 +1592,7 @@ class OpenFile(NamedTuple):
     connections: AsyncExitStack
 
     def fault(self) -> str:
-        """Why this database is no longer at its path; empty if it is there."""
+        """Why this database must not be used any more; empty if it may."""
         try:
             status = os.stat(self.path)
         except OSError:
@@ -1597,16 +1608,16 @@ class OpenFile(NamedTuple):
 
 def prepare_file(path: Path) -> None:
     """Create the database at the path, or bring it to this schema. Raises as `upgrade` does, and sqlite3.Error."""
-    status = path.stat() if path.exists() else None
-    if status is None or status.st_size == 0:
+    size = path.stat().st_size if path.exists() else None
+    if not size:
         for part in PARTS[1:]:  # they belong to a file that is gone, but SQLite would write them into the new one
             Path(f"{path}{part}").unlink(missing_ok=True)
     sqlite3.connect(path).close()  # creates the file
-    if status is None:
+    if size is None:
         share_with_group(path)
     # Read-only, because SQLite would else write the -wal of another program's file into it when it closes the file.
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCK_TRY_S)) as file:
-        application, version, objects = file.execute(OWNER).fetchone()
+        application, version, objects = file.execute(DATABASE_STATE).fetchone()
     tables = upgrade(str(path), application, version, objects)
     with closing(sqlite3.connect(path, timeout=LOCK_TRY_S, isolation_level=None)) as file:
         file.executescript(f"{PRAGMAS}{BEGIN}{tables}{COMMIT}")
@@ -1724,7 +1735,7 @@ class FileStore(Store):
                 for _ in range(2)
             ]
             for connection in (reader, writer):
-                await connection.executescript(SCHEMA)
+                await connection.executescript(SCHEMA)  # for its pragmas, which are of one connection
             await reader.execute_fetchall(f"PRAGMA busy_timeout = {math.ceil(self._busy_timeout * 1000)}")
             parts = {part: identity(f"{path}{part}") for part in PARTS}
             return OpenFile(path, parts, reader, writer, connections.pop_all())
@@ -1797,10 +1808,11 @@ class FileStore(Store):
                     raise StoreFault(reason(error)) from error
 
     async def _write(self, statements: Sequence[Statement], _: bool) -> Rows:
-        """It returns within `busy_timeout`, the wait for other transactions included. What was written is settled."""
+        """It waits for other transactions and for locks up to `busy_timeout`; to open another file takes time besides.
+        What was written is settled."""
         deadline = asyncio.get_running_loop().time() + self._busy_timeout
         async with self._writing:
-            for last in (False, True):
+            for last in (False, True):  # a second time if another task replaces the file meanwhile
                 file = await self._current()
                 left = deadline - asyncio.get_running_loop().time()
                 if left <= 0:
@@ -1831,11 +1843,12 @@ class FileStore(Store):
             await self._replace(file, cause, damaged=True)
 
 
-CLUSTER_TIMEOUT_S = 4  # of a statement: an election is over by then
-CLUSTER_ATTEMPT_S = 0.5  # of it, for each node: a node may hang, or forward to a leader that hangs
-CLUSTER_ROUND_S = 0.05  # that a round over all nodes takes at least
-CLUSTER_NODES_S = 30  # after which it is read again which nodes there are
-BACKUP_TIMEOUT_S = 30  # a node makes one backup at a time
+CLUSTER_TIMEOUT_S = 4  # a statement fails after this time: an election is over by then
+CLUSTER_ATTEMPT_S = 0.5  # a node has this part of it: it may hang, or forward to a leader that hangs
+CLUSTER_ROUND_S = 0.05  # to ask all nodes in turn takes at least this time
+CLUSTER_NODES_S = 30  # after this time, the list of the nodes is read again
+CLUSTER_MIGRATION_S = 30  # a statement that migrates the database writes all rows anew
+BACKUP_TIMEOUT_S = 30  # a backup is tried for this time, because a node makes one at a time
 
 # Before rqlite 8.30.5 a snapshot that fails may cost rows, before 8.31.2 a snapshot holds the WAL in memory, and before
 # 8.32.4 linearizable reads are wrong after an election, or unknown.
@@ -1878,7 +1891,7 @@ class ClusterStore(Store):
     The nodes in the URL find the cluster; which others it has is read from it now and then, so nodes may come and go.
     Every node forwards a statement to the leader. A statement stays with the node that answered last; if that does not
     answer, it goes round. So a statement may be carried out twice, or long after it was given up. That is safe for all
-    our statements; only DELETE ... RETURNING would then wrongly say that no row was there.
+    our statements; but one with RETURNING may then return no rows although it had an effect, and counts as failed.
 
     Reads are `weak`: the leader answers them by itself. A leader that was just elected has what was written before in
     its log, but may not have carried it out yet. An election takes some time, in which attempts fail, and `_watch`
@@ -1911,7 +1924,7 @@ class ClusterStore(Store):
         self._auth = aiohttp.BasicAuth(user, password, "utf-8") if user else None
         self._fault = "it is not open"  # why it is closed; empty: it is open
         self._failures = 0  # how many attempts have failed so far
-        # Of these, how many had failed when the last attempt was begun that has shown that the leader has caught up.
+        # `_failures` at the beginning of the last attempt that has shown that the leader has caught up; -1: none has.
         self._failures_settled = -1
 
     async def __aenter__(self) -> "ClusterStore":
@@ -1939,16 +1952,16 @@ class ClusterStore(Store):
     async def _open(self, seconds: float) -> None:
         """Make the cluster's database ours, if it is empty or an older one. Raises StoreFault, and StartupError."""
         for last in (False, True):
-            [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[OWNER]], seconds)
+            [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[DATABASE_STATE]], seconds)
             script = GUARD % version + upgrade(self._hosts, application, version, objects)
             if application == APPLICATION_ID and version < SCHEMA_VERSION:
-                seconds = START_TIMEOUT_S  # all rows are written anew
+                seconds = CLUSTER_MIGRATION_S
             try:
-                await self._ask("execute?transaction", [[statement] for statement in statements(script)], seconds)
+                await self._ask("execute?transaction", [[statement] for statement in split_script(script)], seconds)
                 log_upgrade(self._hosts, application, version)
                 break
             except StoreFault as fault:
-                if last or "CHECK" not in str(fault):
+                if last or "CHECK" not in str(fault):  # GUARD's: another node has upgraded the database meanwhile
                     raise
         self._fault = ""
         await self._find_nodes()
@@ -2068,7 +2081,7 @@ class ClusterStore(Store):
                 self._failures += 1
                 again |= not isinstance(fault, NotReached)
                 reasons[str(fault) or "no answer in time"] = None
-            if not await self._has_time_for_next(node, deadline):
+            if not await self._turn_to_next(node, deadline):
                 self._fault = ", ".join(reasons)
                 raise StoreFault(self._fault)
         for result in results:
@@ -2078,8 +2091,8 @@ class ClusterStore(Store):
                 raise StoreFault(why)
         return [[*map(tuple, result.get("values", ()))] for result in results], again
 
-    async def _has_time_for_next(self, node: str, deadline: float) -> bool:
-        """Go on to the next node, unless another statement has done so. Whether there is time to ask it."""
+    async def _turn_to_next(self, node: str, deadline: float) -> bool:
+        """Turn to the next node, unless another statement has done so. Returns whether there is time to ask it."""
         if self._nodes[0] == node:
             self._nodes.rotate(-1)
         await asyncio.sleep(CLUSTER_ROUND_S / len(self._nodes))
@@ -2109,8 +2122,8 @@ class ClusterStore(Store):
     @asynccontextmanager
     async def open_copy(self) -> AsyncIterator[str]:
         """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
-        # So a node that hangs is passed by, and the leader has carried out all that was written before.
-        await self._ask_if_open("query?level=strong", [[OWNER]])
+        # This read passes by a node that hangs, and after it the leader has carried out all that was written before.
+        await self._ask_if_open("query?level=strong", [[DATABASE_STATE]])
         try:
             temporary = tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True)
         except OSError as error:
@@ -2139,7 +2152,7 @@ class ClusterStore(Store):
                 why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
             except OSError as error:  # of our disk
                 raise StoreFault(reason(error)) from error
-            if not await self._has_time_for_next(node, deadline):
+            if not await self._turn_to_next(node, deadline):
                 raise StoreFault(why)
 
 
@@ -2151,8 +2164,8 @@ def as_json_lists(statements: Iterable[Statement]) -> list[list[Any]]:
     ]
 
 
-def statements(script: str) -> Iterator[str]:
-    """Its statements one by one; a trigger is one, whatever semicolons are in it."""
+def split_script(script: str) -> Iterator[str]:
+    """The statements of a script, one by one; a trigger is one, whatever semicolons are in it."""
     statement = ""
     for piece in re.findall("[^;]*;", script):
         statement += piece
@@ -2175,9 +2188,9 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
 CANNOT_WRITE = "The cache cannot be written at the moment; ask again later."
 READ_TIMEOUT_S = 5  # a read that takes longer fails; it is longer than CLUSTER_TIMEOUT_S
 WRITE_TIMEOUT_S = 60  # a write that takes longer counts as failed, because the disk hangs; it may still be carried out
-# If fewer hits than this wait, the next statement waits two turns of the event loop for more of them. If more wait, it
-# begins at once, because turns are long then and the statement is large enough.
-MERGE_MAX = 16
+# If so many hits wait, the next statement begins at once, because turns of the event loop are long then, and the
+# statement is large enough. If fewer wait, it waits two turns for more of them.
+MERGE_ENOUGH = 16
 COUNT_S = 60  # from one count of the unconfirmed rows to the next
 
 
@@ -2187,7 +2200,7 @@ class Cache:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._settings = settings
-        self._reading, self._writing = [
+        self._read_outage, self._write_outage = [
             Outage(f"cache cannot be {done} (%s): answers go on without it", f"cache can be {done} again")
             for done in ("read", "written")
         ]
@@ -2203,15 +2216,17 @@ class Cache:
 
     async def _read(self, statement: str, parameters: Parameters) -> Rows:
         try:
-            return await self._wait_for(self._store.read(statement, parameters), READ_TIMEOUT_S, self._reading)
+            return await self._wait_for(self._store.read(statement, parameters), READ_TIMEOUT_S, self._read_outage)
         except StoreFault:
             return []
 
     async def _write(self, *statements: Statement, settle: bool = False) -> Rows:
         try:
-            return await self._wait_for(self._store.write(*statements, settle=settle), WRITE_TIMEOUT_S, self._writing)
+            return await self._wait_for(
+                self._store.write(*statements, settle=settle), WRITE_TIMEOUT_S, self._write_outage
+            )
         except StoreFault as fault:
-            raise CacheUnavailable(503, CANNOT_WRITE, ask_again(5)) from fault
+            raise CacheUnavailable(503, CANNOT_WRITE, retry_after_header(5)) from fault
 
     async def _wait_for(self, rows: Awaitable[Rows], seconds: float, outage: Outage) -> Rows:
         """The rows. The duration goes to the metrics, an outage to the log. Raises StoreFault, also after `seconds`."""
@@ -2239,7 +2254,7 @@ class Cache:
     async def _answer_hits(self, turns: int = 0) -> None:
         """Answer the waiting hits with one statement, after so many turns of the event loop."""
         for _ in range(turns):
-            if len(self._waiting) < MERGE_MAX:
+            if len(self._waiting) < MERGE_ENOUGH:
                 await asyncio.sleep(0)
         waiting, self._waiting = self._waiting, []
         found: dict[Question, Answer] = {}
@@ -2285,11 +2300,11 @@ class Cache:
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
         """Store the records, each with the removal of its VIN that was read before vPIC was asked. If the store fails,
-        they are not cached. Returns within `busy_timeout` or CLUSTER_TIMEOUT_S."""
+        they are not cached. Waits for locks up to `busy_timeout`, or for a cluster up to CLUSTER_TIMEOUT_S."""
         rows = [(*record, removal) for record, removal in records]
         parts = [rows[start : start + ROWS_MOST] for start in range(0, len(rows), ROWS_MOST)]
         with suppress(CacheUnavailable):  # `_write` has logged it
-            await self._write(*((store_records(len(part)), [*chain(*part)]) for part in parts))
+            await self._write(*((store_sql(len(part)), [*chain(*part)]) for part in parts))
 
     async def count_unconfirmed(self) -> None:
         """Without end, count the unconfirmed rows every minute."""
@@ -2314,14 +2329,14 @@ class Cache:
         for some in (questions[start : start + ROWS_MOST] for start in range(0, len(questions), ROWS_MOST)):
             parameters = self._parameters(some) | {f"q{index}": question for index, question in enumerate(some)}
             until = parameters["now"] + self._settings.stale_ttl
-            claimed += await self._claim(claim_expired(len(some)), parameters, until)
+            claimed += await self._claim(claim_expired_sql(len(some)), parameters, until)
         return claimed
 
     async def _claim(self, statement: str, parameters: dict[str, Any], until: float) -> list[Question]:
         rows: Rows = []
         with suppress(CacheUnavailable):
             rows = await self._write((statement, parameters | {"until": math.ceil(until)}))
-        return [ask(vin, model_year) for vin, model_year in rows]
+        return [make_question(vin, model_year) for vin, model_year in rows]
 
     async def remove(self, vin: str) -> bool:
         """Remove the rows of a VIN, and prevent calls under way from storing one. Returns whether there was a row.
@@ -2374,7 +2389,7 @@ class Cache:
 
     async def _clock(self) -> int | None:
         """The store's clock (unix seconds), or None if it can't be read. Deletions use it, because one of many machines
-        may have a clock that is wrong by days. If it is this machine's, the log says so."""
+        may have a clock that is wrong by days. If this machine's clock differs much, the log says so."""
         rows = await self._read(CLOCK, ())
         if not rows:
             return None
@@ -2399,7 +2414,7 @@ class Cache:
             await self._write((PROBE, ()))
         await self._read(REMOVED_AT, ("",))
         self._checked_at = time.monotonic()
-        outages = {"read": self._reading.reason, "written": self._writing.reason}
+        outages = {"read": self._read_outage.reason, "written": self._write_outage.reason}
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
 
@@ -2408,7 +2423,8 @@ class Cache:
 # with its retries, its deadline and its rate. For vPIC's form see https://vpic.nhtsa.dot.gov/api/.
 # ======================================================================================================================
 
-# By the name of a column, the key in vPIC's answer. A result needs all of these; its other keys become attributes.
+# By the name of a column, the key in vPIC's answer. A result needs all of these. It may have OPTIONAL_KEYS; all other
+# keys become attributes.
 VPIC_KEYS = {
     "vin": "VIN",
     "make": "Make",
@@ -2425,7 +2441,7 @@ VPIC_VINS = 50  # in one call, at most
 ANSWER_BYTES = 2**21  # unpacked, at most; the answer for 50 VINs has some 250 kB
 
 
-def text(value: object) -> str:
+def storable_text(value: object) -> str:
     """The value without the blanks around it that some answers have. Raises ValueError if SQLite can't store it."""
     if not isinstance(value, str):
         raise ValueError("missing or not a string")
@@ -2443,19 +2459,20 @@ def translate(flat: object) -> Decoding:
     decoding = {}
     for name, key in VPIC_KEYS.items():
         try:
-            decoding[name] = text(flat.get(key))
+            decoding[name] = storable_text(flat.get(key))
         except ValueError as error:
             raise ValueError(f"{key} is {error}") from None
     others = {}
     for key in flat.keys() - VPIC_KEYS.values():
         with suppress(ValueError):
-            if value := text(flat[key]):
-                others[text(key)] = value
+            if value := storable_text(flat[key]):
+                others[storable_text(key)] = value
     decoding |= {name: others.pop(key, "") for name, key in OPTIONAL_KEYS.items()}
     return decoding | {"attributes": to_json(dict(sorted(others.items())))}
 
 
 def refuse_constant(name: str) -> None:
+    """For json.loads, which would take NaN and Infinity."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -2499,12 +2516,15 @@ def retry_after_seconds(header: str | None) -> float | None:
 class Breaker:
     """Prevents calls to vPIC while vPIC fails.
 
-    | state   | what happens                                        | next state |
-    |---------|-----------------------------------------------------|------------|
-    | closed  | `failures` calls fail in a row, counted as below    | open       |
-    | open    | the first call after `seconds` is made, as a probe  | probing    |
-    | probing | vPIC answers the probe                              | closed     |
-    |         | the probe fails                                     | open       |
+    | state   | what happens                                              | next state            |
+    |---------|-----------------------------------------------------------|-----------------------|
+    | closed  | `failures` calls fail in a row, counted as below          | open                  |
+    | open    | `seconds` are over, a call for one VIN is made: the probe | probing               |
+    | probing | vPIC answers the probe                                    | closed                |
+    |         | the probe fails                                           | open, `seconds` anew  |
+    |         | the probe ends, and vPIC is not to blame                  | open, a probe may go  |
+    | open or | a call that began before is answered                      | closed                |
+    | probing | a call that began before fails                            | the same, `seconds` anew |
 
     One VIN may be why vPIC fails, so calls that fail for the same set of VINs count as one. If a call for {A, B} failed
     and then a call for {A} fails, only {A} counts, because A alone explains both. If no VIN can be the reason of a
@@ -2546,7 +2566,7 @@ class Breaker:
         """Count the outcome of a call that is made in the body. Raises VpicUnavailable if no call may be made."""
         if refusal := self.refusal():
             raise refusal
-        if not self.closed and len(questions) > 1:  # it waited for the rate while the breaker opened: one VIN suffices
+        if not self.closed and len(questions) > 1:  # the breaker opened while the call waited; a probe has one VIN
             raise VpicUnavailable(LEFT_ALONE, retry_after=1)
         is_probe = self._probing = not self.closed
         try:
@@ -2625,7 +2645,7 @@ class Vpic:
         """Ask vPIC up to 50 questions about different VINs. The result need not have all of them.
 
         Raises VpicUnavailable within so many seconds, after all retries. The wait of a `patient` caller for our own
-        rate, up to a minute, is not part of them."""
+        rate, before the first try, is not part of them and has no limit."""
         if patient:
             await self._keep_to_rate(math.inf)
         deadline = asyncio.get_running_loop().time() + seconds
@@ -2646,7 +2666,7 @@ class Vpic:
 
     @staticmethod
     def _wait_before_retry(error: Exception, deadline: float) -> bool | float:
-        """False if a failed call is not repeated, True if it is after stamina's wait, or the seconds until then."""
+        """Whether to repeat a failed call: False; True, after stamina's own wait; or the seconds to wait before it."""
         if not isinstance(error, VpicUnavailable) or not error.failure.try_again:
             return False
         left = deadline - asyncio.get_running_loop().time()
@@ -2655,6 +2675,8 @@ class Vpic:
         return error.retry_after < left and max(0.05, error.retry_after)
 
     async def _keep_to_rate(self, deadline: float) -> None:
+        """Take a call from the rate, and wait for it. Raises VpicUnavailable if the wait would end after `deadline`, or
+        if the breaker is open."""
         while True:
             if refusal := self.breaker.refusal():
                 raise refusal
@@ -2690,7 +2712,9 @@ class Vpic:
                 if response.status != 200:
                     raise self._status_error(response.status, response.headers.get("Retry-After"))
                 body = bytearray()
-                async for chunk in response.content.iter_chunked(2**16):  # it is unpacked piece by piece
+                async for chunk in response.content.iter_chunked(
+                    2**16
+                ):  # so that a small packed answer can't fill memory
                     body += chunk
                     if len(body) > ANSWER_BYTES:
                         raise ValueError(f"more than {ANSWER_BYTES} bytes")
@@ -2698,7 +2722,7 @@ class Vpic:
         except TimeoutError:
             raise VpicUnavailable(TOO_LATE if fair else TOO_LITTLE_TIME, "no answer") from None
         except aiohttp.ClientError as error:
-            is_reached = not isinstance(error.__cause__, aiohttp.ClientConnectorError)
+            is_reached = not isinstance(error.__cause__, aiohttp.ClientConnectorError)  # `send_once` wraps the error
             raise VpicUnavailable(
                 INTERRUPTED if is_reached else UNREACHABLE, str(error) or type(error).__name__
             ) from None
@@ -2767,7 +2791,7 @@ async def open_vpic(settings: Settings, rates: Rates) -> AsyncIterator[Vpic]:
 OFFLINE_MOST = 5
 OFFLINE_DAYS = 183  # if the data is older, the log warns
 
-# By the key of a value in vPIC's answer, the key of the value's id.
+# By the key of a value in vPIC's answer, the key of the value's id, as vPIC spells it.
 VPIC_IDS = {"Make": "MakeID", "Model": "ModelID", "Manufacturer": "ManufacturerId"}
 
 
@@ -2831,7 +2855,7 @@ def decode_offline(questions: Sequence[Question]) -> dict[Question, Decoding]:
 
 
 class Found(NamedTuple):
-    """A record that answers a question, and its source: hit, vpic, stale or offline."""
+    """A record that answers a question, and the outcome of the lookup: hit, vpic, stale or offline."""
 
     record: Record
     outcome: str
@@ -2841,7 +2865,7 @@ class Found(NamedTuple):
 CachedRows = tuple[dict[Question, Record], dict[Question, int | None]]
 
 # What a waiter gets: an answer, or the error.
-Outcome = Found | VpicUnavailable
+Reply = Found | VpicUnavailable
 
 
 class TicketState(Enum):
@@ -2860,11 +2884,13 @@ class Ticket:
     |---------|------------------------|--------------------------------------------------------|----------------------|
     | WAITING | in the queues of its   | `Scheduler.take_calls` takes it into a call            | CALLED               |
     |         | waiters                | its last waiter leaves                                 | DONE                 |
-    | CALLED  | in the task of one     | the cache has a row from vPIC by now                   | DONE                 |
+    | CALLED  | in the task of one     | the cache has a fresh row from vPIC by now             | DONE                 |
     |         | call                   | vPIC answers, and the store has stored that, or failed | DONE                 |
+    |         |                        | it is only a refresh, and another process claimed it   | DONE                 |
     |         |                        | the call fails, and some waiters wait for another call | WAITING              |
     |         |                        | the call fails, and none of the waiters does           | DONE                 |
-    |         |                        | the task is cancelled, or fails because of a bug       | DONE, with a failure |
+    |         |                        | the call fails, and a newer ticket takes the waiters   | DONE                 |
+    |         |                        | the task is cancelled, or fails because of a bug       | DONE, with an error  |
     | DONE    | nowhere                |                                                        |                      |
     """
 
@@ -2909,17 +2935,17 @@ class Queue:
 
 class Waiter:
     """A lookup or a line of a batch that waits for a ticket. A refresh and a confirmation have a waiter too, because a
-    ticket without waiters would leave its queue. Nobody reads their outcome."""
+    ticket without waiters would leave its queue. Nobody reads their reply."""
 
     def __init__(self, ticket: Ticket, queue: Queue) -> None:
         self.ticket = ticket
         self.queue = queue  # in which the ticket waits for this waiter
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
-    def resolve(self, outcome: Outcome) -> None:
-        """Give the waiter its outcome, unless it has one."""
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
+    def resolve(self, reply: Reply) -> None:
+        """Give the waiter its reply, unless it has one."""
+        if not self.reply.done():
+            self.reply.set_result(reply)
 
 
 class Call(NamedTuple):
@@ -2983,7 +3009,7 @@ class Scheduler:
         ticket.waiters = {}
 
     def waiters(self, queues: Iterable[Queue]) -> list[Waiter]:
-        """The waiters whose tickets are in these queues."""
+        """The waiters that wait in these queues."""
         return [waiter for queue in queues for ticket in queue for waiter in ticket.waiters if waiter.queue is queue]
 
     def take_calls(self, most: int) -> Iterator[Call]:
@@ -3045,7 +3071,7 @@ class Batch:
 
     @property
     def has_next_line(self) -> bool:
-        return bool(self.lines) and (not isinstance(self.lines[0], Waiter) or self.lines[0].outcome.done())
+        return bool(self.lines) and (not isinstance(self.lines[0], Waiter) or self.lines[0].reply.done())
 
 
 WINDOW = 100  # lines of a batch that are made in one step, for which a hit may have to wait
@@ -3064,8 +3090,8 @@ class Lookups:
         self._vpic = vpic
         self._settings = settings
         self._scheduler = Scheduler(settings.vpic_concurrency)
-        # Seconds before its end after which a lookup no longer waits for vPIC. A call ends twice as early, so that a
-        # lookup can be answered when its call fails.
+        # A lookup stops to wait for vPIC so many seconds before its deadline. A call ends twice as many seconds before,
+        # so that there is time for an answer when it fails.
         self._reserve_s = min(WITHOUT_VPIC_S, settings.vpic_timeout / 16)
         self._tickets: dict[Question, Ticket] = {}  # the tickets that new waiters may join
         self._tasks = Tasks()  # calls, answers without vPIC, and claims of unconfirmed rows
@@ -3088,7 +3114,7 @@ class Lookups:
         await self._tasks.finish(cancel=True)
         scheduler = self._scheduler
         for waiter in scheduler.waiters([scheduler.lookups, *scheduler.batches]):
-            waiter.resolve(bug_failure())
+            waiter.resolve(service_error())
 
     async def hit(self, question: Question, details: bool = False) -> Answer | None:
         """The cached answer. If its row is stale, vPIC is asked in the background."""
@@ -3103,8 +3129,8 @@ class Lookups:
         return cached
 
     async def lookup(self, question: Question, details: bool = False, patience: float | None = None) -> Answer:
-        """The answer to one question, within `vpic_timeout`. After `patience` (seconds) it may be one without vPIC.
-        Raises VpicUnavailable if there is no answer."""
+        """The answer to one question, within `vpic_timeout`, or WITHOUT_VPIC_S later if the store is slow. After
+        `patience` (seconds) it may be one without vPIC. Raises VpicUnavailable if there is no answer."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         give_up_at = began + self._settings.vpic_timeout - self._reserve_s
@@ -3124,19 +3150,19 @@ class Lookups:
             await self._wait(waiter, loop.time() + WITHOUT_VPIC_S)
         finally:
             self._release(waiter)
-        outcome = waiter.outcome.result() if waiter.outcome.done() else overdue_failure(waiter.ticket)
-        lookups_counter.add(1, {"outcome": outcome_name(outcome)})
-        if isinstance(outcome, VpicUnavailable):
-            raise outcome.about(vin_of(question))
-        return outcome.record.answer(outcome.outcome, details)
+        reply = waiter.reply.result() if waiter.reply.done() else overdue_error(waiter.ticket)
+        lookups_counter.add(1, {"outcome": outcome_name(reply)})
+        if isinstance(reply, VpicUnavailable):
+            raise reply.about(vin_of(question))
+        return reply.record.answer(reply.outcome, details)
 
     # -- Waiting -------------------------------------------------------------------------------------------------------
 
     @staticmethod
     async def _wait(waiter: Waiter, moment: float) -> None:
-        """Wait for the outcome, until `moment` (loop time) at the latest."""
-        if not waiter.outcome.done():
-            await asyncio.wait([waiter.outcome], timeout=max(0, moment - asyncio.get_running_loop().time()))
+        """Wait for the reply, until `moment` (loop time) at the latest."""
+        if not waiter.reply.done():
+            await asyncio.wait([waiter.reply], timeout=max(0, moment - asyncio.get_running_loop().time()))
 
     async def _join(self, question: Question, details: bool, queue: Queue) -> Waiter:
         """A new waiter of the question's ticket. If there is none, or the VIN was removed since its call began, make a
@@ -3150,14 +3176,14 @@ class Lookups:
             if is_called and ticket.removal != NOT_READ:
                 if ticket.removal == removal:
                     break
-                del self._tickets[question]  # its waiters, who came before the removal, get its outcome all the same
+                del self._tickets[question]  # its waiters, who came before the removal, get its reply all the same
         if ticket is None:
             ticket = self._tickets[question] = Ticket(question, details)
         ticket.details |= details
         waiter = Waiter(ticket, queue)
         self._scheduler.join(waiter)
         if self._closed:
-            waiter.resolve(bug_failure())
+            waiter.resolve(service_error())
         self._wake()
         return waiter
 
@@ -3171,35 +3197,33 @@ class Lookups:
     def _release(self, waiter: Waiter) -> None:
         """Remove the waiter of a caller that is gone. But if the caller was answered without vPIC, its waiter stays,
         because vPIC's answer has to replace that answer in the cache."""
-        outcome = waiter.outcome.result() if waiter.outcome.done() and not waiter.outcome.cancelled() else None
-        answered_early = isinstance(outcome, Found) and waiter in waiter.ticket.waiters
+        reply = waiter.reply.result() if waiter.reply.done() and not waiter.reply.cancelled() else None
+        answered_early = isinstance(reply, Found) and waiter in waiter.ticket.waiters
         if not answered_early or len(waiter.queue) > BACKGROUND_MOST:
             self._leave(waiter)
 
-    def _end(self, ticket: Ticket, outcome: Outcome | None = None) -> None:
-        """End a ticket. Its waiters get this outcome, if there is one."""
+    def _end(self, ticket: Ticket, reply: Reply | None = None) -> None:
+        """End a ticket. Its waiters get this reply, if there is one."""
         ticket.state = TicketState.DONE
         ticket.removal_read.set()
         if self._tickets.get(ticket.question) is ticket:
             del self._tickets[ticket.question]
-        if outcome is not None:
+        if reply is not None:
             for waiter in ticket.waiters:
-                waiter.resolve(outcome)
+                waiter.resolve(reply)
         ticket.waiters.clear()
 
     def _end_patience(self, waiters: Iterable[Waiter]) -> None:
         """Answer these without vPIC if there is such an answer. Else they go on waiting."""
         # A waiter that has left its ticket has no caller any more.
-        self._impatient += [
-            waiter for waiter in waiters if not waiter.outcome.done() and waiter in waiter.ticket.waiters
-        ]
+        self._impatient += [waiter for waiter in waiters if not waiter.reply.done() and waiter in waiter.ticket.waiters]
         self._wake()
 
     def _give_up(self, waiter: Waiter) -> None:
         """Answer a lookup whose time is over: with vPIC's answer if that is just being stored, else without vPIC."""
         if waiter.ticket.found:
             waiter.resolve(waiter.ticket.found)
-        elif not waiter.outcome.done():
+        elif not waiter.reply.done():
             self._overdue.append(waiter)
             self._wake()
 
@@ -3229,7 +3253,7 @@ class Lookups:
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        impatient, self._impatient = [waiter for waiter in self._impatient if not waiter.outcome.done()], []
+        impatient, self._impatient = [waiter for waiter in self._impatient if not waiter.reply.done()], []
         overdue, self._overdue = self._overdue, []
         if impatient:
             self._start(self._answer_without_vpic(impatient, None, is_final=False))
@@ -3257,13 +3281,14 @@ class Lookups:
                 self._start(self._claim_unconfirmed())
 
     def _refuse(self, refusal: VpicUnavailable) -> None:
-        """While vPIC is not called, answer lookups without it, and batches too if vPIC is given up; drop refreshes."""
+        """While vPIC is not called, answer lookups without it, and batches too if vPIC is given up. Refreshes leave
+        their queue, and their rows are claimed, so that they are not tried again at once."""
         scheduler = self._scheduler
         queues = [scheduler.lookups, scheduler.refreshes]
         refused = scheduler.waiters([*queues, *scheduler.batches] if self._vpic.is_given_up() else queues)
         for waiter in refused:
             self._leave(waiter)
-        if refused := [waiter for waiter in refused if not waiter.outcome.done()]:
+        if refused := [waiter for waiter in refused if not waiter.reply.done()]:
             self._start(self._answer_without_vpic(refused, refusal))
         if not self._vpic.is_off:
             self._wake_in(refusal.retry_after or 1)
@@ -3280,15 +3305,15 @@ class Lookups:
             for ticket in call.tickets:
                 # The second condition, because a ticket that was put back may be in another call now.
                 if ticket.state is TicketState.CALLED and ticket.task is asyncio.current_task():
-                    self._end(ticket, ticket.found or bug_failure())
+                    self._end(ticket, ticket.found or service_error())
 
     async def _ask_and_store(self, call: Call) -> None:
-        failure = VpicUnavailable(NOT_DESCRIBED)  # for the VINs that vPIC's answer lacks
+        error = VpicUnavailable(NOT_DESCRIBED)  # for the VINs that vPIC's answer lacks
         decoded: dict[Question, Decoding] = {}
         cached: CachedRows = {}, {}
         tickets = call.tickets
         try:
-            # A call ends before its lookups give up.
+            # A call that begins with its lookup ends before the lookup gives up.
             seconds = self._settings.vpic_timeout - 2 * self._reserve_s
             if len(tickets) > 1 and call.background:
                 seconds = self._settings.vpic_batch_timeout
@@ -3300,15 +3325,15 @@ class Lookups:
             if tickets:
                 questions = [ticket.question for ticket in tickets]
                 decoded = await self._vpic.decode(questions, seconds, patient=call.background)
-        except VpicUnavailable as error:
-            failure = error
+        except VpicUnavailable as raised:
+            error = raised
         finally:  # before the answers are stored, because others may call vPIC meanwhile
             self._scheduler.free(call)
             self._wake()
         await self._store_and_answer([ticket for ticket in tickets if ticket.question in decoded], decoded)
         unanswered = [ticket for ticket in tickets if ticket.question not in decoded]
-        if waiters := self._requeue(call, unanswered, failure, shared=len(tickets) > 1):
-            await self._answer_without_vpic(waiters, failure, cached)
+        if waiters := self._requeue(call, unanswered, error, shared=len(tickets) > 1):
+            await self._answer_without_vpic(waiters, error, cached)
 
     async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> tuple[list[Ticket], CachedRows]:
         """End the tickets for which the cache has a fresh row from vPIC by now. Returns the other tickets, and what was
@@ -3319,7 +3344,7 @@ class Lookups:
             ticket.removal = removals.get(ticket.question)
             ticket.removal_read.set()
             record = records.get(ticket.question)
-            if ticket.is_claimed or not record or record.source != "vpic" or not record.answers(now, ticket.details):
+            if ticket.is_claimed or not record or record.source != "vpic" or not record.is_usable(now, ticket.details):
                 rest.append(ticket)
             else:
                 self._end(ticket, Found(record, "hit"))
@@ -3358,13 +3383,13 @@ class Lookups:
         for ticket in tickets:
             self._end(ticket, ticket.found)
 
-    def _requeue(self, call: Call, tickets: list[Ticket], failure: VpicUnavailable, shared: bool) -> list[Waiter]:
+    def _requeue(self, call: Call, tickets: list[Ticket], error: VpicUnavailable, shared: bool) -> list[Waiter]:
         """After a failed call, let these tickets wait again if another call may succeed. Returns the waiters that are
         to be answered without vPIC."""
-        is_crowded = failure.failure is CROWDED
+        is_crowded = error.failure is CROWDED
         refused: list[Waiter] = []
-        for ticket in reversed(tickets):  # so that the first ticket, which is put back last, is the first again
-            if failure.failure.blames_vin and shared and ticket.waiters:
+        for ticket in reversed(tickets):  # each is put back before the one that was put back last
+            if error.failure.blames_vin and shared and ticket.waiters:
                 ticket.needs_own_call = True
                 self._put_back(ticket, first=True)
                 continue
@@ -3375,7 +3400,7 @@ class Lookups:
                 batches_wait = True
             else:
                 ticket.failures += 1
-                batches_wait = ticket.failures == 1 and (failure.failure.blames_vpic or is_crowded)  # a second call
+                batches_wait = ticket.failures == 1 and (error.failure.blames_vpic or is_crowded)  # a second call
             waiting_on = [self._scheduler.confirmations] if is_open else []
             if batches_wait:
                 waiting_on += self._scheduler.batches
@@ -3388,9 +3413,10 @@ class Lookups:
             else:
                 self._end(ticket)
         self._wake()
-        # Without the waiters of confirmations, because their rows are in the cache already.
-        unanswered = (waiter for waiter in refused if waiter.queue is not self._scheduler.confirmations)
-        return [waiter for waiter in unanswered if not waiter.outcome.done()]
+        confirmations = (
+            self._scheduler.confirmations
+        )  # without its waiters, because their rows are in the cache already
+        return [waiter for waiter in refused if waiter.queue is not confirmations and not waiter.reply.done()]
 
     def _put_back(self, ticket: Ticket, first: bool) -> None:
         """Let a ticket wait again after a call. If its question has a newer ticket, its waiters move to that one."""
@@ -3442,18 +3468,18 @@ class Lookups:
     async def _answer_without_vpic(
         self,
         waiters: list[Waiter],
-        failure: VpicUnavailable | None,
+        error: VpicUnavailable | None,
         cached: CachedRows | None = None,
         is_final: bool = True,
     ) -> None:
-        """Answer with the row, which may be expired, else offline, else with the failure. If `failure` is None, it is
+        """Answer with the row, which may be expired, else offline, else with the error. If `error` is None, it is
         that of an overdue lookup. If not `is_final`, waiters without an answer go on waiting. `cached` is what was read
         before a call, if there was one."""
         try:
             # If vPIC was asked for a VIN and did not answer, it is not asked again too soon.
-            life = self._settings.offline_ttl if cached and failure and failure.failure.blames_vin else 0
+            life = self._settings.offline_ttl if cached and error and error.failure.blames_vin else 0
             # An overdue lookup has WITHOUT_VPIC_S left: 0.4 of it to read the cache, and 0.4 to store.
-            seconds = WITHOUT_VPIC_S * 0.4 if is_final and failure is None else None
+            seconds = WITHOUT_VPIC_S * 0.4 if is_final and error is None else None
             if cached is None:
                 deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
                 cached = await self._read_rows([*{waiter.ticket.question: None for waiter in waiters}], deadline)
@@ -3466,10 +3492,10 @@ class Lookups:
                 if answer := found.get(waiter.ticket.question):
                     waiter.resolve(answer)
                 elif is_final:
-                    waiter.resolve(failure or overdue_failure(waiter.ticket))
+                    waiter.resolve(error or overdue_error(waiter.ticket))
         finally:
             for waiter in waiters if is_final else ():
-                waiter.resolve(failure or bug_failure())
+                waiter.resolve(error or service_error())
 
     async def _find_without_vpic(
         self, waiters: list[Waiter], records: dict[Question, Record], life: float
@@ -3479,7 +3505,7 @@ class Lookups:
         now, found = time.time(), dict[Question, Found]()
         for question, record in records.items():
             if question in detailed:
-                found[question] = Found(record, "hit" if record.answers(now, detailed[question]) else "stale")
+                found[question] = Found(record, "hit" if record.is_usable(now, detailed[question]) else "stale")
         if self._settings.offline and (unknown := [question for question in detailed if question not in found]):
             loop = asyncio.get_running_loop()
             for question, decoding in (await loop.run_in_executor(offline_thread, decode_offline, unknown)).items():
@@ -3503,7 +3529,7 @@ class Lookups:
     # -- Batches -------------------------------------------------------------------------------------------------------
 
     async def batch(
-        self, windows: AsyncIterator[list[Row]], form: LineForm, patience: float | None = None
+        self, windows: AsyncIterator[list[BatchRow]], form: LineForm, patience: float | None = None
     ) -> AsyncIterator[list[Line]]:
         """The lines for the rows, in their order. Each is yielded as soon as it and those before it are known.
 
@@ -3513,8 +3539,8 @@ class Lookups:
         self._scheduler.batches.append(batch.queue)
         try:
             async for rows in windows:
-                lines = await self._look_up(rows, batch)
-                if not batch.lines and not any(isinstance(line, Waiter) for line in lines):
+                lines = await self._look_up_rows(rows, batch)
+                if not batch.lines and not any(isinstance(line, Waiter) for line in lines):  # for speed
                     yield cast(list[Line], lines)
                     continue
                 batch.lines += lines
@@ -3543,20 +3569,20 @@ class Lookups:
                 self._release(line)
                 if line not in line.ticket.waiters:  # else it leaves with the batch
                     batch.waiters.discard(line)
-                outcome = line.outcome.result()
-                batch.outcomes[outcome_name(outcome)] += 1
-                lookups_counter.add(1, {"outcome": outcome_name(outcome)})
-                line = line_of(line.ticket.question, outcome, batch.form)
+                reply = line.reply.result()
+                batch.outcomes[outcome_name(reply)] += 1
+                lookups_counter.add(1, {"outcome": outcome_name(reply)})
+                line = line_of(line.ticket.question, reply, batch.form)
             lines.append(line)
         return lines
 
     async def _wait_for_line(self, waiter: Waiter) -> None:
-        """Wait for the outcome. If a bug has lost the ticket, end after LOST_S, because the batch would else hang."""
-        while not waiter.outcome.done():
-            await asyncio.wait([waiter.outcome], timeout=LOST_S)
-            if not waiter.outcome.done() and self._is_lost(waiter):
+        """Wait for the reply. If a bug has lost the ticket, end after LOST_S, because the batch would else hang."""
+        while not waiter.reply.done():
+            await asyncio.wait([waiter.reply], timeout=LOST_S)
+            if not waiter.reply.done() and self._is_lost(waiter):
                 log.error("a line of a batch waits for a ticket that is lost: %s", waiter.ticket.question)
-                waiter.resolve(bug_failure())
+                waiter.resolve(service_error())
 
     def _is_lost(self, waiter: Waiter) -> bool:
         ticket = waiter.ticket
@@ -3566,7 +3592,7 @@ class Lookups:
             return ticket not in waiter.queue or not (self._tasks or self._timer or self._scheduled)
         return ticket.task is None or ticket.task.done()
 
-    async def _look_up(self, rows: Sequence[Row], batch: Batch) -> list[Line | Waiter]:
+    async def _look_up_rows(self, rows: Sequence[BatchRow], batch: Batch) -> list[Line | Waiter]:
         """For each row its line if it is cached or the VIN is bad, else a waiter."""
         asked: list[Question] = []
         lines: list[Line | Waiter] = [""] * len(rows)
@@ -3575,7 +3601,7 @@ class Lookups:
                 asked.append(vin)
                 continue
             try:
-                asked.append(ask(normalize_vin(vin), normalize_model_year(model_year)))
+                asked.append(make_question(normalize_vin(vin), normalize_model_year(model_year)))
             except PydanticCustomError as error:
                 asked.append("")
                 lines[index] = make_line(batch.form, 422, {"vin": vin}, error.message())
@@ -3602,29 +3628,29 @@ class Lookups:
 WITHOUT_VPIC = ("failed", "offline", "stale")
 
 
-def overdue_failure(ticket: Ticket) -> VpicUnavailable:
-    """The failure of a lookup whose time is over."""
+def overdue_error(ticket: Ticket) -> VpicUnavailable:
+    """The error of a lookup whose time is over."""
     if ticket.state is TicketState.WAITING:
         return VpicUnavailable(CROWDED, retry_after=1)
     return VpicUnavailable(TOO_LATE)
 
 
-def bug_failure() -> VpicUnavailable:
-    """The failure of a lookup that has no answer because of a bug or because the service ends."""
+def service_error() -> VpicUnavailable:
+    """The error of a lookup that has no answer because of a bug, or because the service ends."""
     return VpicUnavailable(SERVICE_FAULT, retry_after=1)
 
 
-def outcome_name(outcome: Outcome) -> str:
-    """The name of an outcome in the metrics."""
-    if isinstance(outcome, VpicUnavailable):
+def outcome_name(reply: Reply) -> str:
+    """The outcome in the metrics."""
+    if isinstance(reply, VpicUnavailable):
         return "failed"
-    return outcome.outcome if outcome.record.decoded or outcome.outcome != "vpic" else "undecodable"
+    return reply.outcome if reply.record.decoded or reply.outcome != "vpic" else "undecodable"
 
 
-def line_of(question: Question, outcome: Outcome, form: LineForm) -> Line:
-    if isinstance(outcome, VpicUnavailable):
-        return make_line(form, outcome.status_code, {"vin": vin_of(question)}, outcome.detail)
-    return outcome.record.line(outcome.outcome, form)
+def line_of(question: Question, reply: Reply, form: LineForm) -> Line:
+    if isinstance(reply, VpicUnavailable):
+        return make_line(form, reply.status_code, {"vin": vin_of(question)}, reply.detail)
+    return reply.record.line(reply.outcome, form)
 
 
 # ======================================================================================================================
@@ -3638,7 +3664,7 @@ TEXT, CSV, JSONL = "text/plain", "text/csv", "application/jsonl"
 JSON = "application/json"
 
 LIST_CHARACTERS = 1000  # the longest line of a list; if a line is longer, the file has lost its line ends
-ROW_CHARACTERS = 2**15  # the longest row of CSV; some hundred rows are in memory at once
+ROW_CHARACTERS = 2**15  # the longest row of CSV; some 600 rows of a batch are in memory at once
 PROGRESS_S = 60  # the log says so often how many lines of a batch were answered
 
 STEP_CHARACTERS = 2**16  # a thread reads so many, in some 1.2 ms, and then pauses
@@ -3712,7 +3738,7 @@ async def in_upload_thread(work: Callable[..., Result], *given: Any) -> Result:
     return await asyncio.get_running_loop().run_in_executor(upload_threads, work, *given)
 
 
-def list_row(line: str) -> Row:
+def list_row(line: str) -> BatchRow:
     """The row of a line of a list. A line with quotes is read as CSV. Commas at the end are ignored."""
     line = line.rstrip("\r\n")
     if '"' in line:
@@ -3720,7 +3746,7 @@ def list_row(line: str) -> Row:
         model_year = ",".join(others)
     else:
         vin, _, model_year = line.partition(",")
-    return Row(vin, model_year.rstrip(", ") if model_year else "")
+    return BatchRow(vin, model_year.rstrip(", "))
 
 
 def is_vin(text: str) -> bool:
@@ -3921,16 +3947,16 @@ class LayoutFinder:
     def _not_found(self, column: str) -> RequestValidationError:
         """The 422 for a file whose VINs are not found. It names no value that may be a VIN."""
         if column:
-            reason = "No column has the name that vin_column gives"
+            fault = "No column has the name that vin_column gives"
         elif self._vin_line == 0:
-            reason = "The file has no line of names, and is no list of one VIN a line"
+            fault = "The file has no line of names, and is no list of one VIN a line"
         else:
-            reason = "No column is named vin, and no line is a VIN alone"
+            fault = "No column is named vin, and no line is a VIN alone"
         names = max((self._row(0, separator)[0] for separator in self._separators), key=len)
         if len(names) > 1 and not re.search(r"\d", self.lines[0]):
-            reason += f"; the first line names {quoted(names[:10])}"
+            fault += f"; the first line names {quoted(names[:10])}"
         hint = "give the column of the VINs as vin_column=, by its name or by its number from 1"
-        return invalid("columns", ("query", "vin_column") if column else ("body",), f"{reason}; {hint}")
+        return invalid("columns", ("query", "vin_column") if column else ("body",), f"{fault}; {hint}")
 
     def _invalid(self, line: int, fault: str) -> RequestValidationError:
         return invalid_line(self._skipped + line + 1, fault)
@@ -3959,22 +3985,22 @@ class Fleet:
         with upload_lock:
             finder = LayoutFinder(self._lines(ROW_CHARACTERS))
             self.layout = finder.find_layout(vin_column) if finder.lines else None  # None: a list, one VIN a line
-            self.form = CSV if self.layout or mime_type == CSV else JSONL  # the form of the answer
+            self.answer_type = CSV if self.layout or mime_type == CSV else JSONL
             self.count = sum(1 for _ in self.rows())
 
-    def next_rows(self, rows: Iterator[Row]) -> list[Row]:
+    def next_rows(self, rows: Iterator[BatchRow]) -> list[BatchRow]:
         """The next WINDOW rows of `rows()`, fewer at the end. Call it in an upload thread."""
         with upload_lock:
             self._left = STEP_CHARACTERS  # because the thread has just paused
             return [*islice(rows, WINDOW)]
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[BatchRow]:
         """The rows, from the first one."""
         layout = self.layout
         if layout is None:
             for line in self._lines(LIST_CHARACTERS):
                 if is_normal(vin := line.rstrip("\r\n")):  # for speed, because most lines are like this
-                    yield Row(vin)
+                    yield BatchRow(vin)
                 elif line.strip(EDGES):
                     yield list_row(line)
             return
@@ -3982,11 +4008,11 @@ class Fleet:
             if len(values) != layout.columns:
                 text = self._fit(text, values, layout)
             model_year = "" if layout.model_year is None else values[layout.model_year]
-            yield Row(values[layout.vin], model_year, text)
+            yield BatchRow(values[layout.vin], model_year, text)
 
     def _fit(self, text: str, values: list[str], layout: Layout) -> str:
-        """The text of a row with one value for each column: missing values are empty, and blank ones beyond the columns
-        are cut off. Raises a 422 if a value beyond the columns is not blank."""
+        """The text of a row with one value for each column: missing values are empty, in `values` too, and blank ones
+        beyond the columns are cut off. Raises a 422 if a value beyond the columns is not blank."""
         missing = layout.columns - len(values)
         if any(value.strip(EDGES) for value in values[layout.columns :]):
             raise invalid_line(self._number, f"{len(values)} columns, but only {layout.columns} have names")
@@ -4075,7 +4101,7 @@ async def receive_file(request: Request, vin_column: VinColumn = "") -> AsyncIte
         except OSError as error:
             log.warning("upload failed: %s", error)
             cause = f"The file cannot be kept ({reason(error)}); send it again later."
-            raise HTTPException(503, cause, ask_again(60)) from None
+            raise HTTPException(503, cause, retry_after_header(60)) from None
         opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, mime_type, vin_column))
         try:
             while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
@@ -4118,7 +4144,9 @@ async def receive_pieces(pieces: AsyncIterator[bytes], file: BinaryIO, charset: 
     return WIDE_ENCODINGS.get(nuls, encoding)
 
 
-async def read_windows(rows: Iterator[Row], fleet: Fleet | None, sent: "deque[Row] | None") -> AsyncIterator[list[Row]]:
+async def read_windows(
+    rows: Iterator[BatchRow], fleet: Fleet | None, sent: "deque[BatchRow] | None"
+) -> AsyncIterator[list[BatchRow]]:
     """The rows of a file or of JSON, WINDOW at a time. They are added to `sent` too, for the answer in CSV."""
     while window := await in_upload_thread(fleet.next_rows, rows) if fleet else [*islice(rows, WINDOW)]:
         if sent is not None:
@@ -4152,7 +4180,7 @@ async def as_json(lines: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
 
 
 async def as_csv(
-    lines: AsyncIterator[list[Line]], sent: "deque[Row]", fleet: Fleet | None, form: LineForm
+    lines: AsyncIterator[list[Line]], sent: "deque[BatchRow]", fleet: Fleet | None, form: LineForm
 ) -> AsyncIterator[bytes]:
     """The rows as they were sent, each with its line behind it. The names of our columns begin with `decoded_`."""
     layout = fleet and fleet.layout
@@ -4185,10 +4213,10 @@ async def as_csv(
 # lies where uploads do. All exports together leave half of the disk's room to the database.
 # ======================================================================================================================
 
-EXPORT_TIMEOUT_S = 30  # from one batch of rows to the next, some tenths of a second later: a silent process hangs
+EXPORT_TIMEOUT_S = 30  # for a batch of rows, which takes some tenths of a second: a process silent for longer hangs
 SNAPSHOT_FRESH_S = 60  # the greatest age of a snapshot with which a client begins to read by pieces
 SNAPSHOT_KEPT_S = 300  # from the last request for a snapshot to its end
-SNAPSHOTS_KEPT = 8  # if there are more, the one that nobody has asked for for the longest time ends
+SNAPSHOTS_KEPT = 8  # if there are more, the one whose last request is the oldest ends
 
 # A range from behind the first byte: the client has read the beginning before. Without an end it is of a download that
 # was broken off and is resumed (curl, wget); tools that read by pieces name the end.
@@ -4203,7 +4231,7 @@ def open_limited(path: str, room: int) -> io.BufferedWriter:
     class LimitedFile(io.FileIO):
         def write(self, piece: Any) -> int:
             if self.tell() + len(piece) > room:
-                raise OSError(errno.ENOSPC, "exports that are being read take up the room for them")
+                raise OSError(errno.ENOSPC, "exports may take half of the free disk, and no more")
             return super().write(piece)
 
     # Not "w", because ext4 writes a truncated file to the disk when it is closed.
@@ -4232,8 +4260,8 @@ def write_export(
         # The driver guesses a column's type from its values, and an empty table has none.
         schema = pa.schema([(name, special.get(name, pa.string())) for name in rows.schema.names], footer)
         types = {field.name: pd.ArrowDtype(field.type) for field in schema}
-        # The rows come in the order of their VINs, all different: statistics serve a search for those, and for times,
-        # a dictionary serves a column whose values come again.
+        # The rows come in the order of their VINs, of which most occur once. Statistics serve a search by VIN or by
+        # time. A dictionary serves a column whose values come again.
         repeating: Any = [name for name in schema.names if name not in ("vin", "attributes")]
         searched = ["vin", "fetched_at", "expires_at"]
         with ParquetWriter(
@@ -4419,11 +4447,11 @@ class Exporter:
                     await self._stop_process()  # the next export starts another one
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     sentence = f"The export cannot be kept ({reason(error)}); ask again later."
-                    raise HTTPException(503, sentence, ask_again(60)) from None
+                    raise HTTPException(503, sentence, retry_after_header(60)) from None
                 if isinstance(error, Refused):
                     sentence = "The user of the cluster lacks the right to back up: there is no export."
                     raise HTTPException(503, sentence) from None
-                raise HTTPException(503, "The export could not be built; ask again.", ask_again(5)) from None
+                raise HTTPException(503, "The export could not be built; ask again.", retry_after_header(5)) from None
             finally:
                 export_duration.record(time.perf_counter() - started, {"outcome": outcome})
 
@@ -4445,7 +4473,7 @@ class Exporter:
                 "database": database,
                 "query": SNAPSHOT_WITH_DETAILS if details else SNAPSHOT,
                 "path": snapshot.path,
-                # All exports together may take half of the room that there is without them.
+                # All exports may take half of the room that is free without them: (free + taken_up) / 2 - taken_up.
                 "room": (shutil.disk_usage(self._folder).free - taken_up) // 2,
                 "compression": snapshot.kind.compression,
                 # More rows take more memory, fewer take more time; with details, a row is six times as large.
@@ -4536,7 +4564,7 @@ class Access:
         if cost > 0 and (limit := self.limits.get(tag)) is not None:
             client, _ = scope["client"] or ("unknown", 0)
             if wait := await self._rates.client(limit, tag, client_network(client), cost, counts):
-                raise HTTPException(429, f"The limit is {limit}; ask again later.", ask_again(wait))
+                raise HTTPException(429, f"The limit is {limit}; ask again later.", retry_after_header(wait))
 
     def check_size(self, tag: Tag, cost: int) -> None:
         """Raises a 422 if the cost is above the whole limit: waiting, as a 429 asks for, would not help."""
@@ -4565,7 +4593,7 @@ def choose_challenge(scope: Scope) -> str:
 
 
 def is_whole_download(scope: Scope) -> bool:
-    """Whether an export is built for this request. HEAD, ranges and conditional requests read a kept one."""
+    """Whether the request is for a new export. HEAD, ranges and conditional requests read a kept one, if any."""
     headers = Headers(scope=scope)
     return scope["method"] == "GET" and not any(name in headers for name in ("range", "if-none-match", "if-match"))
 
@@ -4934,18 +4962,22 @@ FILE_SENT: Responses = {
 }
 
 
+# Of a header like `respond-async, wait=10`; the value may be quoted.
+PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re.ASCII | re.IGNORECASE)
+
+
 def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
     """How many seconds this caller waits for vPIC: by `Prefer: wait=N` (RFC 7240), else by the settings. And the header
     that says that the preference was applied."""
     settings: Settings = request.state.settings
     preferences = ",".join(request.headers.getlist("prefer"))
     if wait := PREFER_WAIT.search(preferences):  # the first one counts
-        seconds = min(int(wait[1][:9]), settings.vpic_timeout)
+        seconds = min(int(wait[1][:9]), settings.vpic_timeout)  # int() refuses a text of thousands of digits
         return seconds, {"Preference-Applied": f"wait={seconds:g}"}
     return settings.patience, {}
 
 
-async def look_up(request: Request, question: Question, details: bool) -> Response:
+async def answer_lookup(request: Request, question: Question, details: bool) -> Response:
     """The response of a lookup. If the client hangs up first, the lookup ends."""
 
     async def hang_up() -> None:
@@ -4996,9 +5028,6 @@ class SnapshotResponse(FileResponse):
             del self._snapshot  # because after a disconnect a reference cycle would keep it, and gc runs rarely
 
 
-# Of a header like `respond-async, wait=10`; the value may be quoted.
-PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re.ASCII | re.IGNORECASE)
-
 Compression = Annotated[
     Literal["zstd", "snappy", "none"], Query(description="snappy is larger, but all readers know it")
 ]
@@ -5012,34 +5041,34 @@ LOOKUP_EXAMPLE = {"requestBody": {"content": {JSON: {"example": {"vin": EXAMPLE}
 @app.get("/lookup", responses=LOOKUP_ERRORS | UNCHANGED, **LOOKUP_ROUTE)
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return await look_up(request, ask(vin, model_year), details)
+    return await answer_lookup(request, make_question(vin, model_year), details)
 
 
 @app.post("/lookup", responses=LOOKUP_ERRORS | errors(400, 413, 415), openapi_extra=LOOKUP_EXAMPLE, **LOOKUP_ROUTE)
 async def lookup_post(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return await look_up(request, ask(body.vin, body.model_year), body.details)
+    return await answer_lookup(request, make_question(body.vin, body.model_year), body.details)
 
 
 QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # like q=.2, q=0.2, q=0, q=1 or q=1.000
 
 
-def accepted_form(accept: str, form: str) -> str:
-    """The form that Accept names with the highest q; of equals the first. `form`, if Accept names none, like `*/*`."""
+def accepted_type(accept: str, answer_type: str) -> str:
+    """The type that Accept names with the highest q; of equals the first. `answer_type`, if it names none."""
     best = 0.0
     for named in accept.split(","):
         quality = QUALITY.search(named)
         weight = float(quality[1]) if quality else 1.0
         if weight > best and media_type(named) in (JSON, JSONL, CSV):
-            form, best = media_type(named), weight
-    return form
+            answer_type, best = media_type(named), weight
+    return answer_type
 
 
 async def lookup_file(
     fleet: Annotated[Fleet, Depends(receive_file)], request: Request, details: Details = False
 ) -> StreamingResponse:
     """Decode a file of VINs: a list, or CSV, whose columns come back with ours behind them."""
-    return await answer_batch(request, fleet.rows(), fleet.count, details, fleet.form, fleet)
+    return await answer_batch(request, fleet.rows(), fleet.count, details, fleet.answer_type, fleet)
 
 
 # A route of its own, because FastAPI would read the whole body into memory for `lookup_batch`. It is before that route,
@@ -5050,21 +5079,21 @@ app.routes.append(file_route)
 
 
 async def answer_batch(
-    request: Request, rows: Iterator[Row], count: int, details: bool, form: str, fleet: Fleet | None = None
+    request: Request, rows: Iterator[BatchRow], count: int, details: bool, answer_type: str, fleet: Fleet | None = None
 ) -> StreamingResponse:
-    """The response with a line for each of `count` rows, in this form unless `Accept` names another one."""
+    """The response with a line for each of `count` rows, of this type unless `Accept` names another one."""
     access: Access = request.state.access
     access.check_size("lookup", count)
     await access.count(request.scope, "lookup", count - 1)  # the middleware has counted one
-    form = accepted_form(",".join(request.headers.getlist("accept")), form)
-    sent = deque[Row]() if form == CSV else None
+    answer_type = accepted_type(",".join(request.headers.getlist("accept")), answer_type)
+    sent = deque[BatchRow]() if answer_type == CSV else None
     client = request.client.host if request.client else "unknown"
-    line_form = LineForm(form == CSV, details)
+    form = LineForm(answer_type == CSV, details)
     patience, applied = read_patience(request)
-    lines = request.state.lookups.batch(read_windows(rows, fleet, sent), line_form, patience)
+    lines = request.state.lookups.batch(read_windows(rows, fleet, sent), form, patience)
     lines = log_progress(lines, count, client)
-    answer = {JSON: as_json, JSONL: as_jsonl}[form](lines) if sent is None else as_csv(lines, sent, fleet, line_form)
-    return StreamingResponse(answer, headers={"X-Total-Count": str(count)} | applied, media_type=form)
+    answer = {JSON: as_json, JSONL: as_jsonl}[answer_type](lines) if sent is None else as_csv(lines, sent, fleet, form)
+    return StreamingResponse(answer, headers={"X-Total-Count": str(count)} | applied, media_type=answer_type)
 
 
 @app.post(

@@ -2202,7 +2202,7 @@ async def test_the_wal_gives_back_what_it_grew_by(tmp_path: Path) -> None:
             reader.execute("SELECT count(*) FROM vehicles").fetchall()
             for vin in trucks(16):
                 row = record(vin, attributes=json.dumps({"Note": "x" * 10**6}))
-                await store.write((main.store_records(1), (*row, None)))
+                await store.write((main.store_sql(1), (*row, None)))
             assert wal.stat().st_size > 15 * 10**6
         for _ in range(3):
             await store.write((main.PROBE, ()))
@@ -3153,12 +3153,12 @@ async def test_a_right_that_the_user_lacks_is_told_at_the_start(launch: Launch, 
 async def test_an_older_cluster_is_migrated_once(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     """However many services start at the same time; its rows are kept."""
     caplog.set_level(logging.INFO)
-    cluster.sql(*main.statements(SCHEMA_1.replace("PRAGMA journal_mode = WAL;", "")))
+    cluster.sql(*main.split_script(SCHEMA_1.replace("PRAGMA journal_mode = WAL;", "")))
     async with AsyncExitStack() as stack:
         opening = [stack.enter_async_context(opened_store(cluster.url(node))) for node in (0, 1, 2, 0, 1, 2)]
         for store in await asyncio.gather(*opening):
             assert len(await main.Cache(store, simulated_settings(grace=0)).answers(trucks(20, 0))) == 20
-    [owner] = cluster.sql(main.OWNER)
+    [owner] = cluster.sql(main.DATABASE_STATE)
     assert owner[:2] == (main.APPLICATION_ID, main.SCHEMA_VERSION)
     assert cluster.sql("SELECT count(*) FROM vehicles") == [(20_000,)]
     assert cluster.sql("SELECT name FROM sqlite_master WHERE name IN ('guard', 'vehicles_1')") == []
@@ -3281,7 +3281,15 @@ async def test_what_a_node_gives_no_answer_to_is_sent_again(
         for there in (True, False):
             removed = await service.delete(f"/remove/{TRUCK}", headers={"X-API-Key": "k"})
             assert removed == (200, {"vin": TRUCK, "cache_delete_success": there})
-    assert {main.OWNER, main.ANSWERS[False], main.RECORDS, main.store_records(1), main.REMOVAL, main.CLOCK, ""} <= seen
+    assert {
+        main.DATABASE_STATE,
+        main.ANSWERS[False],
+        main.RECORDS,
+        main.store_sql(1),
+        main.REMOVAL,
+        main.CLOCK,
+        "",
+    } <= seen
     assert logged(caplog) == []
 
 
@@ -3298,7 +3306,7 @@ async def test_reads_are_strong_until_the_leader_has_caught_up(start: Start, clu
         return None
 
     async with node_behind(cluster, before, lets_pass) as url, start(database=url) as service:
-        assert levels[0] == (main.OWNER, "strong")
+        assert levels[0] == (main.DATABASE_STATE, "strong")
         await service.lookup(TRUCK)
         for level in ("weak", "strong", "weak"):
             levels.clear()
@@ -3313,9 +3321,9 @@ async def test_reads_are_strong_until_the_leader_has_caught_up(start: Start, clu
         await until(lambda: (main.CLOCK, "weak") in levels)
         failing.add(main.CLOCK)
         await until(lambda: (main.CLOCK, "strong") in levels)
-        failing.add(main.OWNER)
+        failing.add(main.DATABASE_STATE)
         assert len(await read_export(service)) == 0
-        assert (main.OWNER, "strong") in levels
+        assert (main.DATABASE_STATE, "strong") in levels
 
 
 async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Start, cluster: Cluster) -> None:
@@ -3323,7 +3331,7 @@ async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Star
     forgotten: list[str] = []
 
     async def after(request: web.Request, statement: str) -> web.StreamResponse | None:
-        if statement not in (main.store_records(1), main.REMOVAL) or statement in forgotten:
+        if statement not in (main.store_sql(1), main.REMOVAL) or statement in forgotten:
             return None
         forgotten.append(statement)
         return await resets(request, [])
@@ -3332,7 +3340,7 @@ async def test_a_removal_that_may_have_been_done_is_not_told_as_none(start: Star
         assert [caching(await service.send(LOOKUPS[0], TRUCK))[1] for _ in range(2)] == ["MISS", "HIT"]
         assert (await service.delete(f"/remove/{TRUCK}"))[0] == 503
         assert cluster.sql("SELECT vin FROM vehicles") == []
-        assert forgotten == [main.store_records(1), main.REMOVAL]
+        assert forgotten == [main.store_sql(1), main.REMOVAL]
         assert await service.delete(f"/remove/{TRUCK}") == (200, {"vin": TRUCK, "cache_delete_success": False})
 
 
@@ -3683,7 +3691,7 @@ def test_one_vin_asked_with_many_years_does_not_open_the_breaker() -> None:
     breaker = main.Breaker(failures=3, seconds=30)
     for vin, opens in ((TRUCK, False), (OTHER_TRUCK, False), (trucks(1)[0], True)):
         for year in range(2000, 2010):
-            with suppress(main.VpicUnavailable), breaker.watch_call([main.ask(vin, str(year))]):
+            with suppress(main.VpicUnavailable), breaker.watch_call([main.make_question(vin, str(year))]):
                 raise main.VpicUnavailable(main.TOO_LATE)
         assert breaker.closed is not opens
 
@@ -4191,10 +4199,10 @@ async def test_a_batch_that_ends_takes_nothing_from_another(service: Service) ->
     """A batch whose questions are all answered so far gets its turns, although another such batch has ended."""
     go = asyncio.Event()
 
-    async def windows() -> AsyncIterator[list[main.Row]]:
-        yield [main.Row("bad")]
+    async def windows() -> AsyncIterator[list[main.BatchRow]]:
+        yield [main.BatchRow("bad")]
         await go.wait()
-        yield [main.Row(vin) for vin in trucks(3)]
+        yield [main.BatchRow(vin) for vin in trucks(3)]
 
     async def read() -> list[str]:
         return [
@@ -5474,7 +5482,7 @@ class SimulatedVpic:
         return len(self.calls) >= rate and self.calls[-rate].began > moment - 60 + 1e-6  # a float's rounding
 
     def get(self, url: str, params: dict[str, str], **_: Any) -> AbstractAsyncContextManager[Reply]:
-        return self._call([main.ask(url.rpartition("/")[2], params.get("modelyear", ""))])
+        return self._call([main.make_question(url.rpartition("/")[2], params.get("modelyear", ""))])
 
     def post(self, _: str, data: dict[str, str], **__: Any) -> AbstractAsyncContextManager[Reply]:
         return self._call(data["data"].split(";"))
@@ -5700,7 +5708,7 @@ class Simulation:
         if self.offline == "raises":
             raise OSError("played")
         source = self.new_source(
-            "offline", [main.ask(vin, str(year or "")) for vin, year in zip(vins, years, strict=True)]
+            "offline", [main.make_question(vin, str(year or "")) for vin, year in zip(vins, years, strict=True)]
         )
         source.ended = source.began
         known = self.offline == "answers"
@@ -5783,8 +5791,8 @@ class Simulation:
 
     def send_batch(self, questions: Sequence[str], form: str, details: bool, pause: float) -> Caller:
         """A batch of JSON, a list or CSV, or one whose windows come one by one; its reader pauses, too."""
-        rows = [main.Row(*question.partition(",")[::2]) for question in questions]
-        kept: deque[main.Row] | None = deque() if form == "csv" else None
+        rows = [main.BatchRow(*question.partition(",")[::2]) for question in questions]
+        kept: deque[main.BatchRow] | None = deque() if form == "csv" else None
         fleet: main.Fleet | None = None
         if form in ("list", "csv"):
             head, unit, kind = ("Unit,VIN,Year\n", "7,", main.CSV) if form == "csv" else ("", "", main.TEXT)
@@ -5792,15 +5800,17 @@ class Simulation:
             fleet = main.Fleet(io.BytesIO(text.encode()), "utf-8", kind)
         asked: deque[Asked] = deque()
 
-        async def windows() -> AsyncIterator[list[main.Row]]:
+        async def windows() -> AsyncIterator[list[main.BatchRow]]:
             if form == "slow":
                 for row in rows:
-                    asked.append(self._ask(main.ask(row.vin, str(row.model_year)), details, True))
+                    asked.append(self._ask(main.make_question(row.vin, str(row.model_year)), details, True))
                     yield [row]
                     await asyncio.sleep(pause)
                 return
             async for window in main.read_windows(fleet.rows() if fleet else iter(rows), fleet, kept):
-                asked.extend(self._ask(main.ask(row.vin, str(row.model_year)), details, True) for row in window)
+                asked.extend(
+                    self._ask(main.make_question(row.vin, str(row.model_year)), details, True) for row in window
+                )
                 yield window
 
         async def told() -> AsyncIterator[list[dict[str, Any]]]:
@@ -6241,8 +6251,8 @@ def test_a_batch_ends_though_the_store_and_vpic_hang() -> None:
 def answers_of(simulation: Simulation, vins: list[str], patience: float | None = None) -> "asyncio.Task[list[Any]]":
     """A batch, whose lines are the task's result."""
 
-    async def windows() -> AsyncIterator[list[main.Row]]:
-        yield [main.Row(vin) for vin in vins]
+    async def windows() -> AsyncIterator[list[main.BatchRow]]:
+        yield [main.BatchRow(vin) for vin in vins]
 
     async def take() -> list[Any]:
         lines = simulation.lookups.batch(windows(), main.LineForm(is_csv=False, details=False), patience)
@@ -6420,7 +6430,7 @@ def test_any_statement_of_a_migration_may_fail(tmp_path: Path, monkeypatch: pyte
     class Connection(sqlite3.Connection):
         def executescript(self, script: str) -> sqlite3.Cursor:
             nonlocal executed
-            for statement in main.statements(script):
+            for statement in main.split_script(script):
                 executed += 1
                 if executed == failing:
                     raise sqlite3.OperationalError("played")
@@ -7595,7 +7605,7 @@ async def test_exports_together_take_half_of_the_room_on_the_disk(
         for method in ("HEAD", "GET"):
             status, body, headers = await service.ask(method, "/export?compression=none&details=true")
             assert (status, headers["Retry-After"]) == (503, "60")
-        assert "take up the room" in body["detail"]
+        assert "half of the free disk" in body["detail"]
         assert shutil.disk_usage(disk).free > size
         for told in (False, True):
             assert await service.were_cached(trucks(20)) == [told] * 20
@@ -7764,7 +7774,7 @@ async def test_an_export_that_finds_damage_replaces_no_other_file(tmp_path: Path
         with suppress(main.StoreFault):
             async with store.open_copy():
                 await store._replace(store._file, "played", damaged=True)
-                await store.write((main.store_records(1), (*record(), None)))
+                await store.write((main.store_sql(1), (*record(), None)))
                 raise main.StoreFault("database disk image is malformed")
         assert await store.read("SELECT vin FROM vehicles", ()) == [(TRUCK,)]
     assert len([*tmp_path.glob("cache.db.damaged-*Z")]) == 1
