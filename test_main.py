@@ -5555,7 +5555,9 @@ class SimulatedVpic:
         elif call.outcome:
             self._failed.append(call)
             self.failing_since = min(self.failing_since, call.ended)
-            blamed = {frozenset(failed.questions) for failed in self._failed if failed.outcome == "vin"}
+            blamed = {
+                frozenset(map(main.vin_of, failed.questions)) for failed in self._failed if failed.outcome == "vin"
+            }
             # The failure of a call for several VINs counts no more once one of fewer VINs explains it.
             count = sum(not any(other < questions for other in blamed) for questions in blamed)
             count += sum(failed.outcome == "vpic" for failed in self._failed)
