@@ -1065,18 +1065,17 @@ class Tasks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def logged(work: Awaitable[None]) -> None:
-    """Do work whose result nobody waits for. If it fails, the log has the error at once."""
-    try:
-        await work
-    except Exception:
-        log.exception("work in the background failed")
+def log_error(task: asyncio.Task[None]) -> None:
+    """Log the error of a task for which nobody waits. It is called when the task ends."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("work in the background failed", exc_info=error)
 
 
 @asynccontextmanager
 async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run `work` beside the body, and cancel it at the end."""
-    task = asyncio.create_task(logged(work))
+    task = asyncio.create_task(work)
+    task.add_done_callback(log_error)
     try:
         yield
     finally:
@@ -3295,7 +3294,9 @@ class Lookups:
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do the work in a task, which goes on when a waiter leaves."""
-        return self._tasks.start(logged(work))
+        task = self._tasks.start(work)
+        task.add_done_callback(log_error)
+        return task
 
     async def _call_vpic(self, call: Call) -> None:
         """Make a call. Afterwards none of its tickets is left in it, whatever happens."""

@@ -1458,6 +1458,18 @@ asyncio.run(go())
 """
 
 
+async def test_work_in_the_background_that_fails_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not when the service ends, and not again then."""
+
+    async def fail() -> None:
+        raise RuntimeError("played")
+
+    async with main.background(fail()):
+        await until(lambda: logged(caplog, "in the background failed", logging.ERROR))
+    [record] = caplog.records
+    assert "RuntimeError: played" in str(record.exc_text)
+
+
 def test_lookups_calls_and_breaker_are_counted(tmp_path: Path) -> None:
     """Lookups by outcome, the duration of calls by outcome and the breaker's state reach OpenTelemetry's reader."""
     # A process of its own: the provider of a process can be set only once.
