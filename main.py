@@ -4356,12 +4356,12 @@ class Exporter:
     | If-Range or If-Match with an ETag    | the kept one with this ETag                                      |
     | range that goes on                   | the kept one that the client was given last                      |
     | HEAD, other range, If-None-Match     | the same, if it is fresh                                         |
-    | any of these three, if there is none | the one that was used last, by the same rules, be it of another  |
-    |                                      | client; else a new one                                           |
-    | but a range that resumes             | a new one, as a whole, because the client has a part of another  |
+    | one of the last three, but that      | the kept one that any client used last (a fresh one, unless the  |
+    | snapshot is not kept                 | range goes on); else a new one                                   |
+    | the same, and the range resumes      | a new one, sent whole, because the client has a part of another  |
 
     Most tools name no ETag. Therefore clients are known by address and User-Agent. A proxy may show one address for
-    many clients, or several for one: then the last row but one lets the tools read on."""
+    many clients, or several for one: then the snapshot of another client lets the tools read on."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store = store
