@@ -3414,9 +3414,7 @@ class Lookups:
             else:
                 self._end(ticket)
         self._wake()
-        confirmations = (
-            self._scheduler.confirmations
-        )  # without its waiters, because their rows are in the cache already
+        confirmations = self._scheduler.confirmations  # nobody needs a reply for these: their rows are in the cache
         return [waiter for waiter in refused if waiter.queue is not confirmations and not waiter.reply.done()]
 
     def _put_back(self, ticket: Ticket, first: bool) -> None:
@@ -3478,7 +3476,7 @@ class Lookups:
         before a call, if there was one."""
         try:
             # If vPIC was asked for a VIN and did not answer, it is not asked again too soon.
-            life = self._settings.offline_ttl if cached and error and error.failure.blames_vin else 0
+            life = self._settings.offline_ttl if cached is not None and error and error.failure.blames_vin else 0
             # An overdue lookup has WITHOUT_VPIC_S left: 0.4 of it to read the cache, and 0.4 to store.
             seconds = WITHOUT_VPIC_S * 0.4 if is_final and error is None else None
             if cached is None:
