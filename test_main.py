@@ -1188,7 +1188,7 @@ async def test_seven_examples_in_every_form(service: Service, form: Form, prefix
 
 
 # ======================================================================================================================
-# Errors: one shape for all of them. What they tell is enough for the caller, and nothing for an attacker.
+# Errors: one shape for all of them. They tell the caller enough, and tell an attacker nothing.
 # ======================================================================================================================
 
 TELLTALE = re.compile(
@@ -1616,8 +1616,8 @@ def quantile(told: str, name: str, part: float) -> float:
 
 
 # ======================================================================================================================
-# Cache: the file at its worst. Locked, full, damaged, of another version, of somebody else: it costs warmth, never an
-# answer, and what is not ours is left as it is.
+# Cache: the file may be locked, full, damaged, of another version, or another program's. Then answers may not be
+# cached, but every lookup is answered, and a file that is not ours stays as it is.
 # ======================================================================================================================
 
 
@@ -1816,7 +1816,7 @@ async def test_lookups_answer_uncached_while_the_file_cannot_be_written(
     removes: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A full disk or a lost right costs warmth only: one warning, no false removal, and caching resumes by itself."""
+    """With a full disk or a lost right, answers are not cached: one warning, no false removal; it ends by itself."""
     database = disk / "folder" / "cache.db"
     database.parent.mkdir()
     async with start(offline=False, database=database) as service:
@@ -2298,8 +2298,8 @@ async def test_another_user_of_the_group_goes_on_with_the_file(launch: Launch, t
 
 
 # ======================================================================================================================
-# Cluster: the same cache on rqlite. First what both stores owe, then several services on one cluster, whose nodes are
-# real ones, and are killed, stopped and started again.
+# Cluster: the same cache on rqlite. First the promises of both stores, then several services on one cluster, whose
+# nodes are real processes, which are killed, stopped and started again.
 # ======================================================================================================================
 
 # An election takes some tenths of a second.
@@ -2734,11 +2734,11 @@ async def test_services_share_what_they_store_and_remove(start: Start, vpic: Pla
             assert (await there.delete(f"/remove/{vin}"))[1]["cache_delete_success"] is True
             assert caching(await here.send(LOOKUPS[0], vin))[1] == "MISS"
         go = vpic.holds()
-        [flight] = one.asking([TRUCK])
+        [call] = one.asking([TRUCK])
         await until(lambda: vpic.calls[-1] == [TRUCK])
         assert (await two.delete(f"/remove/{TRUCK}"))[1]["cache_delete_success"] is False
         go.set()
-        assert (await flight)[0] == 200
+        assert (await call)[0] == 200
         assert caching(await two.send(LOOKUPS[0], TRUCK))[1] == "MISS"  # what began before the removal was not stored
         # A node makes one backup at a time: those who ask meanwhile ask again.
         exports = await asyncio.gather(*[service.get("/export") for service in (one, two) for _ in range(3)])
@@ -3002,7 +3002,7 @@ async def test_a_short_history_with_two_kills(launch: Launch, vpic: PlayedVpic, 
     assert history.violations() == []
 
 
-async def test_a_lost_cluster_costs_warmth_alone(
+async def test_without_its_cluster_the_service_only_does_not_cache(
     start: Start, vpic: PlayedVpic, gather: Gather, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Lookups go on uncached and soon without a wait, what needs the cache is 503, and it heals by itself."""
@@ -3364,8 +3364,8 @@ async def test_nodes_divide_vpics_rate() -> None:
 
 
 # ======================================================================================================================
-# vPIC: first the translation, of which nothing wrong gets into the cache; then the calls, with retries that help, a
-# breaker, and manners.
+# vPIC: first the translation of its answers: nothing wrong gets into the cache. Then the calls: retries, the breaker,
+# the rate.
 # ======================================================================================================================
 
 # -- The translation ---------------------------------------------------------------------------------------------------
@@ -3793,7 +3793,7 @@ async def test_no_turn_before_the_deadline_is_503(start: Start, vpic: PlayedVpic
 
 
 # ======================================================================================================================
-# Offline: less than vPIC's word, more than an error; and what is left where it is switched off or not installed.
+# Offline: the answers without vPIC; the service without offline data; and the confirmation of offline rows by vPIC.
 # ======================================================================================================================
 
 
@@ -4119,11 +4119,11 @@ async def test_empty_url_without_the_package_stops_the_start(launch: Launch) -> 
 
 
 # ======================================================================================================================
-# Lookup: who asks for the same VIN shares one flight, each within its own deadline; a row lives as long as it should,
-# and longer while vPIC is down; a batch is many lookups, in order.
+# Lookups: callers that ask for the same VIN share one call, each within its own deadline. A row lives as long as the
+# settings say, and longer while vPIC is down. A batch is many lookups, in order.
 # ======================================================================================================================
 
-# -- One flight --------------------------------------------------------------------------------------------------------
+# -- Shared calls ------------------------------------------------------------------------------------------------------
 
 
 async def test_500_concurrent_lookups_of_one_vin_ask_vpic_once(launch: Launch, vpic: PlayedVpic) -> None:
@@ -4190,7 +4190,7 @@ async def test_batch_and_lookup_of_one_vin_share_one_call(start: Start, vpic: Pl
 
 
 async def test_a_batch_that_leaves_cancels_nothing_for_a_lookup(service: Service, vpic: PlayedVpic) -> None:
-    """Whoever joined its flight gets the answer of the one call."""
+    """All callers that joined its ticket get the answer of the one call."""
     go = vpic.holds()
     batch = asyncio.create_task(service.batch([TRUCK, OTHER_TRUCK]))
     await until(lambda: vpic.calls)
@@ -4373,7 +4373,7 @@ async def test_a_lookup_that_joins_a_batch_keeps_its_own_deadline(start: Start, 
         assert vpic.calls == [[TRUCK, OTHER_TRUCK]]
 
 
-# -- The counter -------------------------------------------------------------------------------------------------------
+# -- The scheduler -----------------------------------------------------------------------------------------------------
 
 
 async def test_a_crowd_is_answered_by_vpic_in_few_calls(start: Start, vpic: PlayedVpic) -> None:
@@ -4630,7 +4630,7 @@ async def test_what_was_fetched_together_does_not_end_together(start: Start) -> 
 # -- Removals ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_removal_beats_a_flight(service: Service, vpic: PlayedVpic) -> None:
+async def test_a_removal_beats_a_call_under_way(service: Service, vpic: PlayedVpic) -> None:
     """Who waits for vPIC gets its answer, but it is not stored; who comes after the removal is asked for anew."""
     go = vpic.holds()
     before = service.asking([TRUCK])
@@ -4645,10 +4645,10 @@ async def test_a_removal_beats_a_flight(service: Service, vpic: PlayedVpic) -> N
     assert vpic.calls == [[TRUCK]] * 2
 
 
-async def test_a_removal_through_another_worker_beats_a_flight(
+async def test_a_removal_through_another_worker_beats_a_call_under_way(
     launch: Launch, vpic: PlayedVpic, tmp_path: Path
 ) -> None:
-    """Two processes on one file: what one removes, the other's flight does not put back."""
+    """Two processes on one file: if one removes a VIN, the call of the other does not store it again."""
     one, other = [launch(offline=False) for _ in range(2)]
     async with one.serving(vpic) as first, other.serving(vpic) as second:
         go = vpic.holds()
@@ -4898,7 +4898,10 @@ async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) ->
         *lines, unknown = await service.batch([TRUCK, OTHER_TRUCK, UNKNOWN])
         told = [(line["status"], line["source"], line["cached_result"]) for line in lines]
         assert told == [(200, "vpic", True), (200, "offline", False)]
-        assert (unknown["vin"], unknown["status"]) == (UNKNOWN, 503)  # a stand-in never says no
+        assert (unknown["vin"], unknown["status"]) == (
+            UNKNOWN,
+            503,
+        )  # while vPIC is asked, offline data never say that a VIN is undecodable
         assert [len(call) for call in vpic.calls] == [1, 3, 1]  # the last one found that vPIC still fails
 
 
@@ -5061,7 +5064,7 @@ WAYS_TO_GIVE_A_YEAR: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("given", "meant"), WAYS_TO_GIVE_A_YEAR.values(), ids=WAYS_TO_GIVE_A_YEAR)
-async def test_one_year_means_the_same_in_all_doors(service: Service, given: Any, meant: str) -> None:
+async def test_one_year_means_the_same_in_all_forms_of_a_request(service: Service, given: Any, meant: str) -> None:
     """In the query, in a body, in a batch, in a list and in CSV."""
     item = {"vin": FIRE_ENGINE, "model_year": given}
     text = "" if given is None else f"{given}"
@@ -5088,7 +5091,7 @@ async def test_one_year_means_the_same_in_all_doors(service: Service, given: Any
     assert service.vpic.asked == [f"{FIRE_ENGINE},1994" if meant else FIRE_ENGINE]
 
 
-async def test_two_years_of_one_vin_at_the_same_time_are_two_flights(start: Start, vpic: PlayedVpic) -> None:
+async def test_two_years_of_one_vin_at_the_same_time_are_two_calls(start: Start, vpic: PlayedVpic) -> None:
     """Neither gets the other's answer, alone or in a batch; in one call to vPIC they never are."""
     years = ["", "1994", "2024"]
     async with start(vpic_concurrency=1) as service:
@@ -6468,8 +6471,8 @@ def test_any_statement_of_a_migration_may_fail(tmp_path: Path, monkeypatch: pyte
 
 
 # ======================================================================================================================
-# Fleet: files as people have them, sent as people send them. What can't be read is told with its line before anything
-# is answered; and whatever becomes of the client, its file is gone.
+# Fleet: files as people have them, sent as people send them. If a line can't be read, a 422 names it before any other
+# line is answered. After the request, nothing is left of the file.
 # ======================================================================================================================
 
 TEXT, CSV, FORM = "text/plain", "text/csv", "application/x-www-form-urlencoded"  # which curl says of whatever it sends
@@ -7246,7 +7249,7 @@ async def test_a_file_that_cannot_be_kept_is_503(launch: Launch, vpic: PlayedVpi
 
 
 # ======================================================================================================================
-# Export: it equals the table, whoever reads it slowly, and whatever becomes of the process that builds it.
+# Export: the file equals the table, also if it is read slowly, and if the process that builds it is killed.
 # ======================================================================================================================
 
 TEXTS = "vin model_year_asked make model model_year body_class error_code error_text additional_error_text"
@@ -7795,7 +7798,7 @@ async def test_an_export_that_finds_damage_replaces_no_other_file(tmp_path: Path
 
 
 # ======================================================================================================================
-# Access: 401, then 429, then 413, then 422. No form and no size of a request gets past a check.
+# Access: 401, then 429, then 413, then 422. No request gets past a check, whatever its form and its size.
 # ======================================================================================================================
 
 
