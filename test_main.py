@@ -5657,7 +5657,12 @@ class Simulation:
         self.complaints: list[str] = []
         self.sources: list[Source] = []
         self.floors: dict[str, int] = {}
-        self.removed_at: dict[str, float] = {}  # by VIN: when its last removal ended; infinite while one is under way
+        # By VIN: when its last removal had its effect at the latest; infinite while one is under way.
+        self.removed_at: dict[str, float] = {}
+        self.removing: Counter[str] = Counter()  # by VIN: the removals under way
+        self.effect_at: dict[
+            str, float
+        ] = {}  # by VIN: when its removals that have ended had their effects at the latest
         # By question: when a caller asked who was told vPIC's answer from the cache, and when he was told.
         self.confirmed: dict[str, tuple[float, float]] = {}
         self.callers: list[Caller] = []
@@ -5860,6 +5865,7 @@ class Simulation:
         async def work() -> None:
             floor = len(self.sources)
             self.removed_at[vin] = math.inf
+            self.removing[vin] += 1
             try:
                 await self.cache.remove(vin)
                 self.floors[vin] = max(floor, self.floors.get(vin, 0))
@@ -5867,7 +5873,10 @@ class Simulation:
                 late = DOUBTFUL_S
             else:
                 late = 0
-            self.removed_at[vin] = self.world.time() + late
+            self.removing[vin] -= 1
+            self.effect_at[vin] = max(self.effect_at.get(vin, 0), self.world.time() + late)
+            if not self.removing[vin]:
+                self.removed_at[vin] = self.effect_at[vin]
 
         self.world.create_task(work())
 
@@ -5907,7 +5916,8 @@ class Simulation:
             return "an old answer, said to be new"
         if is_cached and source.kind == "offline" and self._was_confirmed(asked):
             return "offline data replaced vPIC's answer"
-        if is_cached and source.kind == "vpic":
+        # While the store does not say whether the VIN was removed, the answer may be that of a row that is gone.
+        if is_cached and source.kind == "vpic" and self.store.read_failed_at < asked.began:
             self.confirmed[asked.question] = (asked.began, self.world.time())
         # When a lookup's patience is over, offline data may answer it. That is stored, and served until vPIC answers.
         patience = self.settings.patience
