@@ -21,7 +21,7 @@ The rooms, in their order; each uses only those above it:
   Shared      an outage, a task that outlives its caller Access      the key and the clients' limits
   Rates       clients and calls, counted                 Lifespan    what is opened and closed
   Statements  all SQL but transactions and pragmas       Middleware  what happens before FastAPI
-  Stores      what executes it: a file or a cluster      Routes      handlers and the OpenAPI schema; no logic
+  Stores      what executes it: a file or a cluster      Routes      handlers and the OpenAPI schema
   Cache       statements as verbs, merged hits
   vPIC        translation, breaker, calls; aiohttp's only user but for the cluster
 
@@ -760,10 +760,6 @@ class Record(NamedTuple):
     attributes: str | None
 
     @property
-    def question(self) -> Question:
-        return make_question(self.vin, self.model_year_asked)
-
-    @property
     def status(self) -> int:
         return 200 if self.decoded else 404
 
@@ -1000,10 +996,15 @@ async def open_metrics(wanted: bool) -> AsyncIterator[Any]:
 
 
 # ======================================================================================================================
-# Shared mechanisms: a thing that fails for a while, and work that goes on when its caller leaves.
+# Shared mechanisms: a list in parts, a thing that fails for a while, and work that goes on when its caller leaves.
 # ======================================================================================================================
 
 Result = TypeVar("Result")
+
+
+def in_parts(items: Sequence[Result], most: int) -> Iterator[Sequence[Result]]:
+    """The items, in lists of at most so many."""
+    return (items[start : start + most] for start in range(0, len(items), most))
 
 
 class Outage:
@@ -1471,7 +1472,7 @@ class Store(Protocol):
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
         """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault. If the
-        body finds the database damaged and raises StoreFault, the store repairs itself."""
+        body raises one because SQLite finds damage, a file is replaced; of a cluster only the copy is damaged."""
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
@@ -2301,9 +2302,8 @@ class Cache:
         """Store the records, each with the removal of its VIN that was read before vPIC was asked. If the store fails,
         they are not cached. Waits for locks up to `busy_timeout`, or for a cluster up to CLUSTER_TIMEOUT_S."""
         rows = [(*record, removal) for record, removal in records]
-        parts = [rows[start : start + ROWS_MOST] for start in range(0, len(rows), ROWS_MOST)]
         with suppress(CacheUnavailable):  # `_write` has logged it
-            await self._write(*((store_sql(len(part)), [*chain(*part)]) for part in parts))
+            await self._write(*((store_sql(len(part)), [*chain(*part)]) for part in in_parts(rows, ROWS_MOST)))
 
     async def count_unconfirmed(self) -> None:
         """Without end, count the unconfirmed rows every minute."""
@@ -2325,7 +2325,7 @@ class Cache:
         """Of these questions those whose row from vPIC has expired. The row counts as fresh for `stale_ttl`, so that no
         process claims it again in that time."""
         claimed: list[Question] = []
-        for some in (questions[start : start + ROWS_MOST] for start in range(0, len(questions), ROWS_MOST)):
+        for some in in_parts(questions, ROWS_MOST):
             parameters = self._parameters(some) | {f"q{index}": question for index, question in enumerate(some)}
             until = parameters["now"] + self._settings.stale_ttl
             claimed += await self._claim(claim_expired_sql(len(some)), parameters, until)
@@ -2515,15 +2515,15 @@ def retry_after_seconds(header: str | None) -> float | None:
 class Breaker:
     """Prevents calls to vPIC while vPIC fails.
 
-    | state   | what happens                                              | next state            |
-    |---------|-----------------------------------------------------------|-----------------------|
-    | closed  | `failures` calls fail in a row, counted as below          | open                  |
-    | open    | `seconds` are over, a call for one VIN is made: the probe | probing               |
-    | probing | vPIC answers the probe                                    | closed                |
-    |         | the probe fails                                           | open, `seconds` anew  |
-    |         | the probe ends, and vPIC is not to blame                  | open, a probe may go  |
-    | open or | a call that began before is answered                      | closed                |
-    | probing | a call that began before fails                            | the same, `seconds` anew |
+    | state   | what happens                                              | next state                       |
+    |---------|-----------------------------------------------------------|----------------------------------|
+    | closed  | `failures` calls fail in a row, counted as below          | open                             |
+    | open    | `seconds` are over, a call for one VIN is made: the probe | probing                          |
+    | probing | vPIC answers the probe                                    | closed                           |
+    |         | the probe fails                                           | open, for `seconds` from now     |
+    |         | the probe ends, and vPIC is not to blame                  | open, the next call may probe    |
+    | open or | a call that began before is answered                      | closed                           |
+    | probing | a call that began before fails                            | the same, for `seconds` from now |
 
     One VIN may be why vPIC fails, so calls that fail for the same set of VINs count as one. If a call for {A, B} failed
     and then a call for {A} fails, only {A} counts, because A alone explains both. If no VIN can be the reason of a
@@ -2711,9 +2711,8 @@ class Vpic:
                 if response.status != 200:
                     raise self._status_error(response.status, response.headers.get("Retry-After"))
                 body = bytearray()
-                async for chunk in response.content.iter_chunked(
-                    2**16
-                ):  # so that a small packed answer can't fill memory
+                # In pieces, because a small packed answer may unpack to more than the memory holds.
+                async for chunk in response.content.iter_chunked(2**16):
                     body += chunk
                     if len(body) > ANSWER_BYTES:
                         raise ValueError(f"more than {ANSWER_BYTES} bytes")
@@ -2823,26 +2822,30 @@ def decode_offline(questions: Sequence[Question]) -> dict[Question, Decoding]:
     """Decode without vPIC, in some 0.1 ms a VIN. The result is empty if ultravin is not installed. If ultravin fails,
     the result lacks the OFFLINE_MOST VINs that were decoded together."""
     found: dict[Question, Decoding] = {}
-    try:
-        import ultravin
-    except ImportError:
-        return found
-    for start in range(0, len(questions), OFFLINE_MOST):
-        some = questions[start : start + OFFLINE_MOST]
-        vins = [vin_of(question) for question in some]
-        years = [int(year) if (year := model_year_of(question)) else None for question in some]
+    for some in in_parts(questions, OFFLINE_MOST):
         try:
-            decoded = ultravin.decode_batch(vins, years=years, full=True)
+            found |= decode_together(some)
+        except ImportError:
+            break
         except BaseException as error:  # noqa: BLE001 - a panic of ultravin's Rust code is no Exception
             log.warning("offline decoding failed: %r", error)
-            continue
-        for question, one in zip(some, decoded, strict=True):
-            # As `translate` does it, without its checks: half of the time of a cold file would go into them.
-            elements = {element["code"]: element for element in one["elements"] if element["value"]}
-            values = {code: element["value"] for code, element in elements.items()}
-            values |= {name: elements[code]["attribute_id"] for code, name in VPIC_IDS.items() if code in elements}
-            decoding = {name: values.pop(key, "") for name, key in (VPIC_KEYS | OPTIONAL_KEYS).items()}
-            found[question] = decoding | {"vin": vin_of(question), "attributes": to_json(values)}
+    return found
+
+
+def decode_together(questions: Sequence[Question]) -> dict[Question, Decoding]:
+    """Decode these in one call of ultravin. Raises whatever ultravin raises, and ImportError if it is not installed."""
+    import ultravin
+
+    found: dict[Question, Decoding] = {}
+    vins = [vin_of(question) for question in questions]
+    years = [int(year) if (year := model_year_of(question)) else None for question in questions]
+    for question, decoded in zip(questions, ultravin.decode_batch(vins, years=years, full=True), strict=True):
+        # As `translate` does it, without its checks: half of the time of a cold file would go into them.
+        elements = {element["code"]: element for element in decoded["elements"] if element["value"]}
+        values = {code: element["value"] for code, element in elements.items()}
+        values |= {name: elements[code]["attribute_id"] for code, name in VPIC_IDS.items() if code in elements}
+        decoding = {name: values.pop(key, "") for name, key in (VPIC_KEYS | OPTIONAL_KEYS).items()}
+        found[question] = decoding | {"vin": vin_of(question), "attributes": to_json(values)}
     return found
 
 
@@ -3389,7 +3392,7 @@ class Lookups:
         to be answered without vPIC."""
         is_crowded = error.failure is CROWDED
         refused: list[Waiter] = []
-        for ticket in reversed(tickets):  # each is put back before the one that was put back last
+        for ticket in reversed(tickets):  # because each that is put back first goes before the others
             if error.failure.blames_vin and shared and ticket.waiters:
                 ticket.needs_own_call = True
                 self._put_back(ticket, first=True)
@@ -4376,7 +4379,7 @@ class Exporter:
         self._files = weakref.WeakSet[Snapshot]()
 
     async def __aenter__(self) -> "Exporter":
-        self._tasks.start(self._give_back())
+        self._tasks.start(self._give_back()).add_done_callback(log_error)
         return self
 
     async def __aexit__(self, *_: object) -> None:
