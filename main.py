@@ -2793,8 +2793,14 @@ OFFLINE_DAYS = 183  # if the data is older, the log warns
 VPIC_IDS = {"Make": "MakeID", "Model": "ModelID", "Manufacturer": "ManufacturerId"}
 
 
+def let_hits_go_first() -> None:
+    """Lower the priority of this thread, and of those that ultravin starts in it."""
+    if sys.platform == "linux":  # on other systems the priority is the whole process's
+        os.nice(5)
+
+
 # One thread, because several would take Python's lock in turns, and a hit would have to wait for all of them.
-offline_thread = ThreadPoolExecutor(1, "offline")
+offline_thread = ThreadPoolExecutor(1, "offline", let_hits_go_first)
 
 
 @cache

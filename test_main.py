@@ -3928,6 +3928,18 @@ def test_a_panic_of_the_offline_decoder_costs_only_its_own_group(monkeypatch: py
     assert [*found] == vins[: main.OFFLINE_MOST] + vins[2 * main.OFFLINE_MOST :]
 
 
+@NEEDS_PROC
+async def test_decoding_offline_gives_way_to_hits(start: Start) -> None:
+    """Its thread has a lower priority than those that answer hits."""
+    async with start(vpic_url="") as service:
+        await service.lookup(TRUCK)
+    priorities = {
+        int(task.name): os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path("/proc/self/task").iterdir()
+    }
+    [offline] = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("offline")]
+    assert priorities[offline or 0] == min(19, priorities[os.getpid()] + 5)
+
+
 async def test_offline_attributes_have_vpics_ids(start: Start) -> None:
     """MakeID, ModelID and ManufacturerId are vPIC's own, so that the two sources differ only where the data do."""
     recorded = {"MakeID": "474", "ModelID": "1861", "ManufacturerId": "988"}
