@@ -2882,9 +2882,6 @@ class TicketState(Enum):
     DONE = "done"
 
 
-NOT_READ = -1  # for a ticket's `removal` before it is read
-
-
 class Ticket:
     """A question for vPIC. All lookups and lines that ask it at the same time share the ticket, each by a `Waiter`.
 
@@ -2895,9 +2892,8 @@ class Ticket:
     | CALLED  | in the task of one     | the cache has a fresh row from vPIC by now             | DONE                 |
     |         | call                   | vPIC answers, and the store has stored that, or failed | DONE                 |
     |         |                        | it is only a refresh, and another process claimed it   | DONE                 |
-    |         |                        | the call fails, and some waiters wait for another call | WAITING              |
-    |         |                        | the call fails, and none of the waiters does           | DONE                 |
-    |         |                        | the call fails, and a newer ticket takes the waiters   | DONE                 |
+    |         |                        | the call fails; waiters that wait for another call get | DONE                 |
+    |         |                        | a newer ticket, the others an answer without vPIC      |                      |
     |         |                        | the task is cancelled, or fails because of a bug       | DONE, with an error  |
     | DONE    | nowhere                |                                                        |                      |
     """
@@ -2907,8 +2903,7 @@ class Ticket:
         self.details = details  # a waiter wants the attributes, so a row without them does not answer it
         self.state = TicketState.WAITING
         self.waiters: dict[Waiter, None] = {}  # in the order in which they joined
-        self.task: asyncio.Task[None] | None = None  # the task of its last call
-        self.removal: int | None = NOT_READ  # the last removal of the VIN, as it was read just before the call
+        self.removal: int | None = None  # the last removal of the VIN, as it was read just before the call
         self.removal_read = asyncio.Event()  # set when `removal` is read, or the call is over
         self.found: Found | None = None  # vPIC's answer, while it is being stored
         self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
@@ -2990,31 +2985,16 @@ class Scheduler:
         queues = (self.lookups, self.refreshes, self.confirmations, *self.batches)
         return self.free_places > 0 and self.free_for_background > 0 and not any(queues)
 
-    def join(self, waiter: Waiter) -> None:
+    def join(self, waiter: Waiter, first: bool = False) -> None:
         waiter.ticket.waiters[waiter] = None
         if waiter.ticket.state is TicketState.WAITING:
-            waiter.queue.add(waiter.ticket)
+            waiter.queue.add(waiter.ticket, first)
 
     def leave(self, waiter: Waiter) -> None:
         """Remove the waiter from its ticket, and the ticket from the queue unless another waiter has it there."""
         waiter.ticket.waiters.pop(waiter, None)
         if not any(other.queue is waiter.queue for other in waiter.ticket.waiters):
             waiter.queue.discard(waiter.ticket)
-
-    def put_back(self, ticket: Ticket, first: bool) -> None:
-        """Let a ticket wait again after a call, at the front or at the end of the queues of its waiters."""
-        ticket.state, ticket.removal = TicketState.WAITING, NOT_READ
-        ticket.removal_read.clear()
-        for waiter in ticket.waiters:
-            waiter.queue.add(ticket, first)
-
-    def hand_over(self, ticket: Ticket, other: Ticket) -> None:
-        """Move the waiters of a ticket to another ticket of the same question."""
-        for waiter in ticket.waiters:
-            waiter.ticket = other
-            self.join(waiter)
-        other.details |= ticket.details
-        ticket.waiters = {}
 
     def waiters(self, queues: Iterable[Queue]) -> list[Waiter]:
         """The waiters that wait in these queues."""
@@ -3178,10 +3158,7 @@ class Lookups:
         while (ticket := self._tickets.get(question)) and ticket.state is TicketState.CALLED:
             await ticket.removal_read.wait()
             removal = await self._cache.removal(question)
-            # During these two awaits the ticket may have changed its state or been replaced by another one. If it went
-            # into another call, the removal that counts is not read yet.
-            is_called = self._tickets.get(question) is ticket and ticket.state is TicketState.CALLED
-            if is_called and ticket.removal != NOT_READ:
+            if self._tickets.get(question) is ticket:  # else its call has ended during these two awaits
                 if ticket.removal == removal:
                     break
                 del self._tickets[question]  # its waiters, who came before the removal, get its reply all the same
@@ -3277,9 +3254,7 @@ class Lookups:
     def _start_calls(self) -> None:
         # A call that probes vPIC has one ticket, because the others would wait for vPIC in vain if it still fails.
         for call in self._scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
-            task = self._start(self._call_vpic(call))
-            for ticket in call.tickets:
-                ticket.task = task
+            self._start(self._call_vpic(call))
         if self._scheduler.is_idle and not self._claiming:
             wait = self._claim_at - asyncio.get_running_loop().time()
             if wait > 0:
@@ -3301,11 +3276,9 @@ class Lookups:
         if not self._vpic.is_off:
             self._wake_in(refusal.retry_after or 1)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work in a task, which goes on when a waiter leaves."""
-        task = self._tasks.start(work)
-        task.add_done_callback(log_error)
-        return task
+        self._tasks.start(work).add_done_callback(log_error)
 
     async def _call_vpic(self, call: Call) -> None:
         """Make a call. Afterwards none of its tickets is left in it, whatever happens."""
@@ -3313,14 +3286,12 @@ class Lookups:
             await self._ask_and_store(call)
         finally:
             for ticket in call.tickets:
-                # The second condition, because a ticket that was put back may be in another call now.
-                if ticket.state is TicketState.CALLED and ticket.task is asyncio.current_task():
+                if ticket.state is TicketState.CALLED:
                     self._end(ticket, ticket.found or service_error())
 
     async def _ask_and_store(self, call: Call) -> None:
         error = VpicUnavailable(NOT_DESCRIBED)  # for the VINs that vPIC's answer lacks
         decoded: dict[Question, Decoding] = {}
-        cached: CachedRows = {}, {}
         tickets = call.tickets
         try:
             # A call that begins with its lookup ends before the lookup gives up.
@@ -3328,7 +3299,7 @@ class Lookups:
             if len(tickets) > 1 and call.background:
                 seconds = self._settings.vpic_batch_timeout
             deadline = asyncio.get_running_loop().time() + seconds
-            tickets, cached = await self._skip_cached(tickets, deadline)
+            tickets = await self._skip_cached(tickets, deadline)
             tickets = await self._skip_claimed(tickets)
             if not call.background:  # else nobody gives up, and vPIC has the whole time, however long the cache took
                 seconds = deadline - asyncio.get_running_loop().time()
@@ -3343,12 +3314,11 @@ class Lookups:
         await self._store_and_answer([ticket for ticket in tickets if ticket.question in decoded], decoded)
         unanswered = [ticket for ticket in tickets if ticket.question not in decoded]
         if waiters := self._requeue(call, unanswered, error, shared=len(tickets) > 1):
-            await self._answer_without_vpic(waiters, error, cached)
+            await self._answer_without_vpic(waiters, error)
 
-    async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> tuple[list[Ticket], CachedRows]:
-        """End the tickets for which the cache has a fresh row from vPIC by now. Returns the other tickets, and what was
-        read of all of them."""
-        records, removals = cached = await self._read_rows([ticket.question for ticket in tickets], deadline)
+    async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> list[Ticket]:
+        """End the tickets for which the cache has a fresh row from vPIC by now. Returns the other tickets."""
+        records, removals = await self._read_rows([ticket.question for ticket in tickets], deadline)
         now, rest = time.time(), []
         for ticket in tickets:
             ticket.removal = removals.get(ticket.question)
@@ -3358,7 +3328,7 @@ class Lookups:
                 rest.append(ticket)
             else:
                 self._end(ticket, Found(record, "hit"))
-        return rest, cached
+        return rest
 
     async def _read_rows(self, questions: Sequence[Question], deadline: float | None) -> CachedRows:
         """What the cache has of these questions; nothing if it does not answer until the deadline (loop time)."""
@@ -3427,13 +3397,18 @@ class Lookups:
         return [waiter for waiter in refused if waiter.queue is not confirmations and not waiter.reply.done()]
 
     def _put_back(self, ticket: Ticket, first: bool) -> None:
-        """Let a ticket wait again after a call. If its question has a newer ticket, its waiters move to that one."""
-        newer = self._tickets.setdefault(ticket.question, ticket)
+        """Let the waiters of a called ticket wait again, at the front or at the end of their queues. They move to the
+        newer ticket of the question if there is one, else to a new one."""
+        newer = self._tickets.get(ticket.question, ticket)
         if newer is ticket:
-            self._scheduler.put_back(ticket, first)
-        else:
-            self._scheduler.hand_over(ticket, newer)
-            self._end(ticket)
+            newer = self._tickets[ticket.question] = Ticket(ticket.question, ticket.details)
+            newer.needs_own_call, newer.failures = ticket.needs_own_call, ticket.failures
+            newer.is_claimed = ticket.is_claimed
+        newer.details |= ticket.details
+        for waiter in ticket.waiters:
+            waiter.ticket = newer
+            self._scheduler.join(waiter, first)
+        self._end(ticket)
 
     async def _store(self, records: list[tuple[Record, int | None]]) -> None:
         if not self._settings.attributes:
@@ -3474,24 +3449,18 @@ class Lookups:
     # -- Answers without vPIC ------------------------------------------------------------------------------------------
 
     async def _answer_without_vpic(
-        self,
-        waiters: list[Waiter],
-        error: VpicUnavailable | None,
-        cached: CachedRows | None = None,
-        is_final: bool = True,
+        self, waiters: list[Waiter], error: VpicUnavailable | None, is_final: bool = True
     ) -> None:
         """Answer with the row, which may be expired, else offline, else with the error. If `error` is None, it is
-        that of an overdue lookup. If not `is_final`, waiters without an answer go on waiting. `cached` is what was read
-        before a call, if there was one."""
+        that of an overdue lookup. If not `is_final`, waiters without an answer go on waiting."""
         try:
             # If vPIC was asked for a VIN and did not answer, it is not asked again too soon.
-            life = self._settings.offline_ttl if cached is not None and error and error.failure.blames_vin else 0
+            life = self._settings.offline_ttl if error and error.failure.blames_vin else 0
             # An overdue lookup has WITHOUT_VPIC_S left: 0.4 of it to read the cache, and 0.4 to store.
             seconds = WITHOUT_VPIC_S * 0.4 if is_final and error is None else None
-            if cached is None:
-                deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
-                cached = await self._read_rows([*{waiter.ticket.question: None for waiter in waiters}], deadline)
-            records, removals = cached
+            deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+            questions = [*{waiter.ticket.question: None for waiter in waiters}]
+            records, removals = await self._read_rows(questions, deadline)
             found = await self._find_without_vpic(waiters, records, life)
             with suppress(TimeoutError):  # the statement goes on
                 async with asyncio.timeout(seconds):
@@ -3512,8 +3481,7 @@ class Lookups:
         detailed = {waiter.ticket.question: waiter.ticket.details for waiter in waiters}
         now, found = time.time(), dict[Question, Found]()
         for question, record in records.items():
-            if question in detailed:
-                found[question] = Found(record, "hit" if record.is_usable(now, detailed[question]) else "stale")
+            found[question] = Found(record, "hit" if record.is_usable(now, detailed[question]) else "stale")
         if self._settings.offline and (unknown := [question for question in detailed if question not in found]):
             loop = asyncio.get_running_loop()
             for question, decoding in (await loop.run_in_executor(offline_thread, decode_offline, unknown)).items():
@@ -3594,11 +3562,9 @@ class Lookups:
 
     def _is_lost(self, waiter: Waiter) -> bool:
         ticket = waiter.ticket
-        if waiter not in ticket.waiters:  # it has left, and a task answers it without vPIC
-            return not self._tasks
-        if ticket.state is TicketState.WAITING:
+        if waiter in ticket.waiters and ticket.state is TicketState.WAITING:
             return ticket not in waiter.queue or not (self._tasks or self._timer or self._scheduled)
-        return ticket.task is None or ticket.task.done()
+        return not self._tasks  # one of them calls vPIC for the ticket, or answers the waiter without vPIC
 
     async def _look_up_rows(self, rows: Sequence[BatchRow], batch: Batch) -> list[Line | Waiter]:
         """For each row its line if it is cached or the VIN is bad, else a waiter."""
@@ -3815,17 +3781,6 @@ class Layout(NamedTuple):
     model_year: int | None  # the index of the column of the model years, if there is one
 
 
-class Names(NamedTuple):
-    """A row that may be the names of the columns."""
-
-    order: tuple[int, int]  # the best row has the least: by the rank, then by minus the number of names
-    line: int  # the index of the row's first line
-    after: int  # the index of the line after the row
-    separator: str
-    values: list[str]
-    vins: list[int]  # the indexes of the columns that may have the VINs
-
-
 class LayoutFinder:
     """Finds the layout of a file from its first lines. Only this class decides whether a file is a list or CSV."""
 
@@ -3867,7 +3822,7 @@ class LayoutFinder:
         if len(self.lines) == 1 and first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
             raise self._invalid(0, ONE_VIN_A_LINE)
         if names := self._find_names(column):
-            return self._layout(names)
+            return self._layout(*names)
         # The file is a list if the first line with a VIN is a line of a list.
         line_with_vin = next((line for line in self.lines if HAS_VIN.search(line) or is_list_line(line)), "")
         if column or not is_list_line(line_with_vin):
@@ -3882,31 +3837,31 @@ class LayoutFinder:
         except csv.Error:
             return [], line + 1
 
-    def _find_names(self, column: str) -> Names | None:
-        """The best row of names, with any separator. It is above the first VIN, or it has the name `column`."""
+    def _find_names(self, column: str) -> tuple[int, str, list[int]] | None:
+        """The line of the best row of names, its separator, and the columns that may have the VINs. The row is above
+        the first VIN, or it has the name `column`."""
         ranks: Ranks = VIN_RANKS
         if column:
             ranks = (
                 lambda name: name.strip(EDGES) == column.strip(EDGES),
                 lambda name: letters(name) == (letters(column) or None),  # None: a column without letters has no equal
             )
-        found: list[Names] = []
+        found = []
         for line in range(len(self.lines) if column else self._vin_line):
             for separator in self._separators:
                 values, after = self._row(line, separator)
                 rank, vins = best_columns(values, ranks)
                 count = sum(1 for name in values if name.strip(EDGES))  # a title has fewer
-                names = Names((rank, -count), line, after, separator, values, vins)
-                if vins and (rank < len(ranks) - 1 or column or self._has_vin_below(names)):
-                    found.append(names)
-        return min(found, key=lambda names: names.order, default=None)
+                if vins and (rank < len(ranks) - 1 or column or self._has_vin_below(after, separator, vins)):
+                    found.append((rank, -count, (line, separator, vins)))
+        return min(found, key=lambda names: names[:2])[2] if found else None
 
-    def _has_vin_below(self, names: Names) -> bool:
+    def _has_vin_below(self, after: int, separator: str, vins: list[int]) -> bool:
         """Whether one of the columns has the first VIN, or all lines below are blank. Without one of these the row may
         be a title or a note that has the word VIN in it."""
-        values = self._row(self._vin_line, names.separator)[0]
-        is_last = not "".join(self.lines[names.after :]).strip(EDGES)
-        return is_last or any(is_vin(values[index]) for index in names.vins if index < len(values))
+        values = self._row(self._vin_line, separator)[0]
+        is_last = not "".join(self.lines[after:]).strip(EDGES)
+        return is_last or any(is_vin(values[index]) for index in vins if index < len(values))
 
     def _layout_by_number(self, vin: int) -> Layout:
         """The layout, if the column of the VINs has this index. If the row above the first VIN has a name in this
@@ -3924,31 +3879,30 @@ class LayoutFinder:
         line = [*map(is_vin, cells)].index(True) - 1 if has_vin else 0
         name = cells[line] if line >= 0 else ""
         if best_columns([name], VIN_RANKS)[1] or (letters(name) and not re.search(r"\d", name)):
-            values, after = self._row(line, separator)
-            return self._layout(Names((0, 0), line, after, separator, values, [vin]))
+            return self._layout(line, separator, [vin])
         numbers = separator.join(map(str, range(1, width + 1)))
         return Layout(separator, self._above, numbers, self._skipped, width, vin, None)
 
-    def _layout(self, names: Names) -> Layout:
-        """The layout with these names. Raises a 422 if two columns are equally good, or a name has a NUL."""
-        values = names.values
+    def _layout(self, line: int, separator: str, vins: list[int]) -> Layout:
+        """The layout with the names in this line. Raises a 422 if two columns are equally good, or a name has a NUL."""
+        values, after = self._row(line, separator)
         if any("\0" in name for name in values):
-            raise self._invalid(names.line, "a NUL in the name of a column; is the file in UTF-16?")
+            raise self._invalid(line, "a NUL in the name of a column; is the file in UTF-16?")
         _, years = best_columns(values, YEAR_RANKS)
-        if len(names.vins) > 1:
-            columns = quoted(values[index] for index in names.vins)
-            numbers = " or ".join(f"vin_column={index + 1}" for index in names.vins)
-            raise self._invalid(names.line, f"each of the columns {columns} may have the VINs; say which: {numbers}")
+        if len(vins) > 1:
+            columns = quoted(values[index] for index in vins)
+            numbers = " or ".join(f"vin_column={index + 1}" for index in vins)
+            raise self._invalid(line, f"each of the columns {columns} may have the VINs; say which: {numbers}")
         if len(years) > 1:
             columns = quoted(values[index] for index in years)
-            raise self._invalid(names.line, f"each of the columns {columns} may have the model years; rename one")
+            raise self._invalid(line, f"each of the columns {columns} may have the model years; rename one")
         return Layout(
-            names.separator,
-            self._above + "".join(self.lines[: names.line]),
-            "".join(self.lines[names.line : names.after]).rstrip("\r\n"),
-            self._skipped + names.after,
+            separator,
+            self._above + "".join(self.lines[:line]),
+            "".join(self.lines[line:after]).rstrip("\r\n"),
+            self._skipped + after,
             len(values),
-            names.vins[0],
+            vins[0],
             years[0] if years else None,
         )
 
@@ -4232,20 +4186,6 @@ GOES_ON = re.compile(r"bytes *= *0*[1-9]", re.IGNORECASE)
 RESUMES = re.compile(r"bytes *= *0*[1-9]\d*-$", re.IGNORECASE)
 
 
-def open_limited(path: str, room: int) -> io.BufferedWriter:
-    """The file for writing. It takes no more than `room` bytes: then it raises OSError."""
-
-    # In a function, because `inspect` takes 0.1 s to find the source of a class.
-    class LimitedFile(io.FileIO):
-        def write(self, piece: Any) -> int:
-            if self.tell() + len(piece) > room:
-                raise OSError(errno.ENOSPC, "exports may take half of the free disk, and no more")
-            return super().write(piece)
-
-    # Not "w", because ext4 writes a truncated file to the disk when it is closed.
-    return io.BufferedWriter(LimitedFile(path, "r+"), 2**18)
-
-
 def write_export(
     database: str, query: str, path: str, room: int, compression: Any, batch_rows: int, footer: dict[Any, Any]
 ) -> None:
@@ -4258,7 +4198,7 @@ def write_export(
     time_type = pa.timestamp("s", "UTC")
     special: dict[str, pa.DataType] = {"decoded": pa.bool_(), "fetched_at": time_type, "expires_at": time_type}
     with (
-        open_limited(path, room) as file,
+        open(path, "r+b", 2**18) as file,  # not "w", because ext4 writes a truncated file to the disk when it is closed
         adbc_driver_sqlite.dbapi.connect(database) as connection,
         connection.cursor() as cursor,
     ):
@@ -4280,6 +4220,8 @@ def write_export(
                 if "attributes" in frame:
                     frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
                 parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+                if file.tell() > room:
+                    raise OSError(errno.ENOSPC, "exports may take half of the free disk, and no more")
                 print(flush=True)
 
 
@@ -4308,9 +4250,9 @@ def serve_exports() -> None:
 # source is read at the start, because the file may be replaced while the service runs.
 EXPORT_PROGRAM = "\n".join(
     (
-        "import errno, io, json, os, signal, sys",
+        "import errno, json, os, signal, sys",
         "from typing import Any",
-        *(inspect.getsource(part) for part in (open_limited, write_export, serve_exports)),
+        *(inspect.getsource(part) for part in (write_export, serve_exports)),
         "serve_exports()",
     )
 )
@@ -4702,8 +4644,6 @@ LENIENT_TAGS: set[Tag] = OPEN_TAGS | {"metrics"}
 class TaggedRoute(APIRoute):
     """A route with one tag. `Middleware` finds the route of a request, and FastAPI's router calls that one."""
 
-    takes_files = False  # whether the route is for bodies of any type but JSON
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # What the route is about. Raises ValueError, which stops the start, unless there is exactly one tag.
@@ -4711,6 +4651,7 @@ class TaggedRoute(APIRoute):
         self.allowed = {*(self.methods or ())}  # its methods
         if "GET" in self.allowed:
             self.allowed.add("HEAD")
+        self.takes_files = "POST" in self.allowed and self.body_field is None  # the body of any other POST is JSON
         # The names of its query parameters, and of those of what it depends on.
         dependants = [self.dependant, *self.dependant.dependencies]
         self._parameters = [field.alias for dependant in dependants for field in dependant.query_params]
@@ -5072,18 +5013,14 @@ def accepted_type(accept: str, answer_type: str) -> str:
     return answer_type
 
 
+# A route of its own, because FastAPI would read the whole body into memory for `lookup_batch`. It is before that route,
+# because the first one that serves the request takes it.
+@app.post("/lookup/batch", tags=["lookup"], include_in_schema=False)
 async def lookup_file(
     fleet: Annotated[Fleet, Depends(receive_file)], request: Request, details: Details = False
 ) -> StreamingResponse:
     """Decode a file of VINs: a list, or CSV, whose columns come back with ours behind them."""
     return await answer_batch(request, fleet.rows(), fleet.count, details, fleet.answer_type, fleet)
-
-
-# A route of its own, because FastAPI would read the whole body into memory for `lookup_batch`. It is before that route,
-# because the first one that serves the request takes it.
-file_route = TaggedRoute("/lookup/batch", lookup_file, methods=["POST"], tags=["lookup"], include_in_schema=False)
-file_route.takes_files = True
-app.routes.append(file_route)
 
 
 async def answer_batch(

@@ -4064,22 +4064,26 @@ async def test_a_stand_in_never_says_no(start: Start, vpic: PlayedVpic) -> None:
         assert (status, body["source"]) == (404, "offline")  # there the package is the source
 
 
-async def test_offline_never_replaces_a_row_of_vpics(start: Start, vpic: PlayedVpic) -> None:
-    """What another worker got of vPIC meanwhile stays."""
+async def test_offline_never_replaces_a_row_of_vpics(
+    start: Start, vpic: PlayedVpic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another worker got of vPIC while the VIN was decoded offline stays."""
+    decode = main.decode_offline
+    vpic.fault = refuses(403)
     async with start() as service:
-        go = vpic.holds(refuses(403))
-        [caller] = service.asking([TRUCK])
-        await until(lambda: vpic.calls)
-        sql(
-            service.database,
-            "INSERT INTO vehicles VALUES"
-            " (?, '', 'PETERBILT', '388', '2014', 'Theirs', '0', '', '', '', '', 'vpic', 1, 1, 2)",
-            TRUCK,
-        )
-        there = service.words()
-        go.set()
-        assert (await caller)[1]["source"] == "offline"
-        assert service.words() == there
+
+        def decode_slowly(questions: Sequence[str]) -> Any:
+            sql(
+                service.database,
+                "INSERT INTO vehicles VALUES"
+                " (?, '', 'PETERBILT', '388', '2014', 'Theirs', '0', '', '', '', '', 'vpic', 1, 1, 2)",
+                TRUCK,
+            )
+            return decode(questions)
+
+        monkeypatch.setattr(main, "decode_offline", decode_slowly)
+        assert (await service.lookup(TRUCK))[1]["source"] == "offline"
+        assert [row["body_class"] for row in service.rows()] == ["Theirs"]
 
 
 async def test_after_a_wrong_answer_the_offline_data_serves(start: Start, vpic: PlayedVpic) -> None:
@@ -5500,7 +5504,7 @@ class SimulatedVpic:
         self.service_ended = False
         self.failing_since = math.inf  # the end of the first failed call after the last answer
         self.hopeless_until = -math.inf  # the next probe, after calls have failed for VPIC_BATCH_TIMEOUT
-        self._failed: list[Source] = []  # since the last answer
+        self._causes: set[frozenset[str] | Source] = set()  # of the calls that failed since the last answer
         self.breaker_is_open, self._probe_at = False, -math.inf
 
     @property
@@ -5581,17 +5585,16 @@ class SimulatedVpic:
     def _follow(self, call: Source) -> None:
         """Decide whether the breaker is open, as its docstring says."""
         if call.outcome == "answered":
-            self._failed.clear()
+            self._causes.clear()
             self.failing_since, self.breaker_is_open = math.inf, False
         elif call.outcome:
-            self._failed.append(call)
             self.failing_since = min(self.failing_since, call.ended)
-            blamed = {
-                frozenset(map(main.vin_of, failed.questions)) for failed in self._failed if failed.outcome == "vin"
-            }
+            # What may be the cause of each failed call: its VINs, or vPIC alone, which is another cause each time.
+            self._causes.add(frozenset(map(main.vin_of, call.questions)) if call.outcome == "vin" else call)
+            blamed = [cause for cause in self._causes if isinstance(cause, frozenset)]
             # The failure of a call for several VINs counts no more once one of fewer VINs explains it.
-            count = sum(not any(other < questions for other in blamed) for questions in blamed)
-            count += sum(failed.outcome == "vpic" for failed in self._failed)
+            explained = sum(any(other < vins for other in blamed) for vins in blamed)
+            count = len(self._causes) - explained
             probed = self.breaker_is_open and call.began >= self._probe_at
             if probed or count >= self._settings.breaker_failures:
                 self.breaker_is_open, self._probe_at = True, call.ended + self._settings.breaker_seconds
