@@ -2906,6 +2906,7 @@ class Ticket:
         self.removal: int | None = None  # the last removal of the VIN, as it was read just before the call
         self.removal_read = asyncio.Event()  # set when `removal` is read, or the call is over
         self.found: Found | None = None  # vPIC's answer, while it is being stored
+        # What a ticket takes over from the one before, of which the call failed:
         self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
         self.failures = 0  # failed calls for which no other VIN can be the reason
         self.is_claimed = False  # its row was claimed for it, and therefore counts as fresh although it is not
