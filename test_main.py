@@ -6353,6 +6353,20 @@ def test_nothing_is_decoded_for_a_batch_whose_client_is_gone() -> None:
         assert [source.kind for source in simulation.sources if source.kind == "offline"] == []
 
 
+def test_the_vins_of_a_failed_call_are_asked_again_before_the_others() -> None:
+    """Each has a call of its own, because any of them may be the reason; what was asked later waits."""
+    with Simulation(vpic_concurrency=1, offline=False) as simulation:
+        vins = SIMULATED_VINS[:6]
+        simulation.vpic.choking, simulation.vpic.choking_by = {vins[1]}, "nonsense"  # which is not tried again
+        batch = answers_of(simulation, vins)
+        simulation.run(batch)
+        assert [call.questions for call in simulation.vpic.calls][:6] == [
+            vins[:4],
+            *([vin] for vin in vins[:4]),
+            vins[4:],
+        ]
+
+
 def test_who_joins_while_a_question_goes_into_its_next_call_shares_it() -> None:
     """Between the two calls the ticket's removal is not read; that is no sign that the VIN was removed."""
     with Simulation(offline=False) as simulation:
