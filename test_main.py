@@ -3956,12 +3956,13 @@ async def test_who_does_not_wait_is_answered_at_once_and_confirmed_behind(
     start: Start, vpic: PlayedVpic, way: str
 ) -> None:
     """With a patience of 0 a cold VIN is answered offline while vPIC is asked; vPIC's word replaces it."""
-    vpic.delay = 0.5
+    go = vpic.holds()
     settings, headers = ({"patience": 0}, {}) if way == "setting" else ({}, {"Prefer": "wait=0"})
     async with start(**settings) as service:
         status, body, got = await service.ask("GET", f"/lookup/{TRUCK}", headers=headers)
         assert (status, body["source"], got["X-Cache"]) == (200, "offline", "OFFLINE")
         assert got.get("Preference-Applied") == (None if way == "setting" else "wait=0")
+        go.set()
         await until(lambda: [row["source"] for row in service.rows()] == ["vpic"])
         assert vpic.calls == [[TRUCK]]
 
@@ -3991,7 +3992,7 @@ async def test_patience_never_makes_a_no_of_the_offline_data(start: Start, vpic:
 @pytest.mark.parametrize("form", ["json", "file"])
 async def test_a_cold_batch_without_patience_streams_offline(start: Start, vpic: PlayedVpic, form: str) -> None:
     """Each line's patience begins when it is looked up; all rows become vPIC's behind."""
-    vpic.delay = 0.1
+    go = vpic.holds()
     vins = trucks(700)
     sent: dict[str, Any] = {"json": {"vins": vins}} if form == "json" else {"data": "\n".join(vins)}
     async with start() as service:
@@ -3999,6 +4000,7 @@ async def test_a_cold_batch_without_patience_streams_offline(start: Start, vpic:
         lines = [json.loads(line) for line in body.splitlines()]
         assert [(line["vin"], line["source"]) for line in lines] == [(vin, "offline") for vin in vins]
         assert got["Preference-Applied"] == "wait=0"
+        go.set()
         await until(lambda: {row["source"] for row in service.rows()} == {"vpic"})
         assert sorted({*vpic.asked}) == vins
 
