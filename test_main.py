@@ -5785,8 +5785,11 @@ class Simulation:
         all is told once vPIC has failed for long. For each call it may have to wait for the rate, too."""
         settings = self.settings
         answered_at = max((call.ended for call in self.vpic.calls if call.outcome == "answered"), default=0)
+        # While the rate is used up, the calls for other lines take all of it.
+        called_at = self.vpic.calls[-1].began if self.vpic.rate_reached_since(self.world.time()) else 0
         failing = (settings.breaker_failures + 1) * settings.vpic_batch_timeout + settings.breaker_seconds
-        return max(caller.began, caller.read_at, answered_at) + failing + settings.vpic_timeout + 60 + PATIENCE
+        began = max(caller.began, caller.read_at, answered_at, called_at)
+        return began + failing + settings.vpic_timeout + 60 + PATIENCE
 
     # -- What callers do -----------------------------------------------------------------------------------------------
 
