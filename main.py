@@ -3855,6 +3855,7 @@ class LayoutFinder:
                 count = sum(1 for name in values if name.strip(EDGES))  # a title has fewer
                 if vins and (rank < len(ranks) - 1 or column or self._has_vin_below(after, separator, vins)):
                     found.append((rank, -count, (line, separator, vins)))
+        # The best row has the lowest rank, then the most names.
         return min(found, key=lambda names: names[:2])[2] if found else None
 
     def _has_vin_below(self, after: int, separator: str, vins: list[int]) -> bool:
@@ -4221,7 +4222,7 @@ def write_export(
                 if "attributes" in frame:
                     frame["attributes"] = frame["attributes"].mask(frame["attributes"] == "")
                 parquet.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
-                if file.tell() > room:
+                if file.tell() > room:  # so the file may have one batch too many for a moment
                     raise OSError(errno.ENOSPC, "exports may take half of the free disk, and no more")
                 print(flush=True)
 

@@ -3933,11 +3933,9 @@ async def test_decoding_offline_gives_way_to_hits(start: Start) -> None:
     """Its thread has a lower priority than those that answer hits."""
     async with start(vpic_url="") as service:
         await service.lookup(TRUCK)
-    priorities = {
-        int(task.name): os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in Path("/proc/self/task").iterdir()
-    }
     [offline] = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("offline")]
-    assert priorities[offline or 0] == min(19, priorities[os.getpid()] + 5)
+    ours, lowered = [os.getpriority(os.PRIO_PROCESS, thread or 0) for thread in (threading.get_native_id(), offline)]
+    assert lowered == min(19, ours + 5)
 
 
 async def test_offline_attributes_have_vpics_ids(start: Start) -> None:
@@ -4074,7 +4072,7 @@ async def test_offline_never_replaces_a_row_of_vpics(
     vpic.fault = refuses(403)
     async with start() as service:
 
-        def decode_slowly(questions: Sequence[str]) -> Any:
+        def store_and_decode(questions: Sequence[str]) -> Any:
             sql(
                 service.database,
                 "INSERT INTO vehicles VALUES"
@@ -4083,7 +4081,7 @@ async def test_offline_never_replaces_a_row_of_vpics(
             )
             return decode(questions)
 
-        monkeypatch.setattr(main, "decode_offline", decode_slowly)
+        monkeypatch.setattr(main, "decode_offline", store_and_decode)
         assert (await service.lookup(TRUCK))[1]["source"] == "offline"
         assert [row["body_class"] for row in service.rows()] == ["Theirs"]
 
@@ -4920,10 +4918,8 @@ async def test_batch_falls_back_like_a_lookup(start: Start, vpic: PlayedVpic) ->
         *lines, unknown = await service.batch([TRUCK, OTHER_TRUCK, UNKNOWN])
         told = [(line["status"], line["source"], line["cached_result"]) for line in lines]
         assert told == [(200, "vpic", True), (200, "offline", False)]
-        assert (unknown["vin"], unknown["status"]) == (
-            UNKNOWN,
-            503,
-        )  # while vPIC is asked, offline data never say that a VIN is undecodable
+        # While vPIC is asked, offline data never say that a VIN is undecodable.
+        assert (unknown["vin"], unknown["status"]) == (UNKNOWN, 503)
         assert [len(call) for call in vpic.calls] == [1, 3, 1]  # the last one found that vPIC still fails
 
 
@@ -5681,9 +5677,8 @@ class Simulation:
         # By VIN: when its last removal had its effect at the latest; infinite while one is under way.
         self.removed_at: dict[str, float] = {}
         self.removing: Counter[str] = Counter()  # by VIN: the removals under way
-        self.effect_at: dict[
-            str, float
-        ] = {}  # by VIN: when its removals that have ended had their effects at the latest
+        # By VIN: when its removals that have ended had their effects at the latest.
+        self.effect_at: dict[str, float] = {}
         # By question: when a caller asked who was told vPIC's answer from the cache, and when he was told.
         self.confirmed: dict[str, tuple[float, float]] = {}
         self.callers: list[Caller] = []
@@ -6365,15 +6360,12 @@ def test_the_vins_of_a_failed_call_are_asked_again_before_the_others() -> None:
         simulation.vpic.choking, simulation.vpic.choking_by = {vins[1]}, "nonsense"  # which is not tried again
         batch = answers_of(simulation, vins)
         simulation.run(batch)
-        assert [call.questions for call in simulation.vpic.calls][:6] == [
-            vins[:4],
-            *([vin] for vin in vins[:4]),
-            vins[4:],
-        ]
+        asked = [call.questions for call in simulation.vpic.calls]
+        assert asked[:6] == [vins[:4], *([vin] for vin in vins[:4]), vins[4:]]
 
 
 def test_who_joins_while_a_question_goes_into_its_next_call_shares_it() -> None:
-    """Between the two calls the ticket's removal is not read; that is no sign that the VIN was removed."""
+    """The second call begins with a ticket whose removal is not read yet; that is no sign that the VIN was removed."""
     with Simulation(offline=False) as simulation:
         cache, [one, other] = simulation.cache, SIMULATED_VINS[:2]
         records, removal = cache.records, cache.removal
