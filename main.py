@@ -670,18 +670,6 @@ class VinProblem(Problem):
     vin: str = Field(examples=[EXAMPLE])
 
 
-class Fault(BaseModel):
-    type: str = Field(examples=["vin"])
-    loc: list[str | int] = Field(examples=[["query", "vin"]])
-    msg: str = Field(examples=["16 characters, not 17"])
-
-
-class Invalid(BaseModel):
-    """What is wrong with the request; what was sent is not echoed."""
-
-    detail: list[Fault]
-
-
 # The fields that vPIC decodes from one VIN, by our names; a field is empty if vPIC has no data for it. `attributes` is
 # a JSON object with all its other fields, by vPIC's names.
 Decoding = dict[str, str]
@@ -860,11 +848,10 @@ async def render_error(request: Request, error: Exception) -> JSONResponse:
     """The response for an error: of this service, of FastAPI's validation, of Starlette's routing, or for a bug."""
     if isinstance(error, RequestValidationError):
         if isinstance(error.body, bytes):  # FastAPI has not parsed it, because its type is not JSON
-            faults = [Fault(type="content_type", loc=["body"], msg=SEND_JSON)]
-        else:
-            # Without `input` and `ctx`, because a lone surrogate or a NaN in what was sent would make this a 500.
-            faults = [Fault(type=fault["type"], loc=list(fault["loc"]), msg=fault["msg"]) for fault in error.errors()]
-        return JSONResponse(Invalid(detail=faults).model_dump(), 422, NOT_STORED)
+            error = invalid("content_type", ("body",), SEND_JSON)
+        # Without `input` and `ctx`, because a lone surrogate or a NaN in what was sent would make this a 500.
+        faults = [{key: fault[key] for key in ("type", "loc", "msg")} for fault in error.errors()]
+        return JSONResponse({"detail": faults}, 422, NOT_STORED)
     if isinstance(error, HTTPException):
         body = {"detail": error.detail} | ({"vin": error.vin} if isinstance(error, VpicUnavailable) else {})
         return JSONResponse(body, error.status_code, NOT_STORED | dict(error.headers or {}))
@@ -3783,28 +3770,19 @@ class LayoutFinder:
         # The lines above the first lines: Excel's line, and blank lines, of which there may be millions.
         self._skipped = 0  # the number of these lines
         self._above = ""  # the text of the first of them
-        self.lines: list[str] = []  # the first lines, from the first one that is not blank
-        first = self._skip_blank(lines)
-        if found := SEPARATOR_LINE.fullmatch(first):
-            self._separators = found[1]
-            self._above, self._skipped = self._above + first, self._skipped + 1
-            first = self._skip_blank(lines) or first
-        for line in chain([first] if first else [], lines):
-            self.lines.append(line)
-            if len(self.lines) == FIRST_LINES or sum(map(len, self.lines)) > FIRST_CHARACTERS:
-                break
+        self.lines: list[str] = []  # the first lines, from the first one with another text
+        for line in lines:
+            if not self.lines and (found := SEPARATOR_LINE.fullmatch(line)):
+                self._separators = found[1]
+            elif self.lines or line.strip(EDGES):
+                self.lines.append(line)
+                if len(self.lines) == FIRST_LINES or sum(map(len, self.lines)) > FIRST_CHARACTERS:
+                    break
+                continue
+            self._skipped += 1
+            self._above += line if self._skipped <= FIRST_LINES else ""
         # The index of the first line that has a VIN, or the number of lines.
         self._vin_line = next((i for i, line in enumerate(self.lines) if HAS_VIN.search(line)), len(self.lines))
-
-    def _skip_blank(self, lines: Iterator[str]) -> str:
-        """The first line that is not blank, or an empty string."""
-        for line in lines:
-            if line.strip(EDGES):
-                return line
-            self._skipped += 1
-            if self._skipped <= FIRST_LINES:
-                self._above += line
-        return ""
 
     def find_layout(self, column: str) -> Layout | None:
         """The layout of a CSV file, or None for a list. `column` is the name of the column of the VINs, or its number
@@ -4850,7 +4828,7 @@ def error_response(description: str, detail: str, **fields: str) -> dict[str, An
     return {"description": description, "content": content}
 
 
-# The errors from which each route takes its own. `describe_schema` adds 401 and 429.
+# The errors from which each route takes its own. FastAPI adds 422, and `describe_schema` 401 and 429.
 ERRORS: Responses = {
     400: error_response("The body can't be read", "There was an error parsing the body"),
     404: error_response("A path with a control character in it", "Not Found"),
@@ -4858,12 +4836,10 @@ ERRORS: Responses = {
     415: error_response(
         "The body is compressed, or its charset is not known", "The body is compressed; send it as it is."
     ),
-    422: {"model": Invalid, "description": "Not a VIN, not exactly one, or not sent as JSON"},
     503: error_response("Not possible now; Retry-After says when", CANNOT_WRITE),
 }
 LOOKUP_ERRORS: Responses = {
     404: {"model": Undecodable, "description": "vPIC can't decode this VIN; that is cached too"},
-    422: ERRORS[422],
     502: error_response("vPIC can't be reached, or its answer makes no sense", UNREACHABLE.detail, vin=EXAMPLE),
     503: error_response("vPIC refuses, or is not asked; Retry-After says when", LEFT_ALONE.detail, vin=EXAMPLE),
     504: error_response("vPIC did not answer in time", TOO_LATE.detail, vin=EXAMPLE),
@@ -5050,7 +5026,7 @@ async def answer_batch(
     tags=["lookup"],
     summary="Decode many VINs",
     response_class=StreamingResponse,
-    responses=LINES_SENT | errors(400, 413, 415, 422, 503),
+    responses=LINES_SENT | errors(400, 413, 415, 503),
     openapi_extra={"requestBody": {"content": BATCH_BODIES, "required": False}},  # not required: a file may be empty
 )
 async def lookup_batch(
@@ -5068,14 +5044,14 @@ async def lookup_batch(
 REMOVE_ROUTE: dict[str, Any] = {"tags": ["cache"], "summary": "Forget a VIN"}
 
 
-@app.delete("/remove/{vin}", operation_id="remove_by_path", responses=errors(404, 422, 503), **REMOVE_ROUTE)
-@app.delete("/remove", responses=errors(422, 503), **REMOVE_ROUTE)
+@app.delete("/remove/{vin}", operation_id="remove_by_path", responses=errors(404, 503), **REMOVE_ROUTE)
+@app.delete("/remove", responses=errors(503), **REMOVE_ROUTE)
 async def remove(vin: Vin, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return Removed(vin=vin, cache_delete_success=await request.state.cache.remove(vin))
 
 
-@app.post("/remove", responses=errors(400, 413, 415, 422, 503), **REMOVE_ROUTE)
+@app.post("/remove", responses=errors(400, 413, 415, 503), **REMOVE_ROUTE)
 async def remove_post(body: RemoveBody, request: Request) -> Removed:
     """Forget a VIN: the next lookup asks vPIC again."""
     return await remove(body.vin, request)
@@ -5086,7 +5062,7 @@ async def remove_post(body: RemoveBody, request: Request) -> Removed:
     tags=["export"],
     summary="Download the cache",
     response_class=FileResponse,
-    responses=FILE_SENT | UNCHANGED | errors(422, 503),
+    responses=FILE_SENT | UNCHANGED | errors(503),
 )
 @app.get("/export.parquet", tags=["export"], include_in_schema=False)
 async def export(request: Request, compression: Compression = "zstd", details: Details = False) -> Response:
