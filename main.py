@@ -116,11 +116,14 @@ from pydantic import (
     Discriminator,
     FailFast,
     Field,
+    OnErrorOmit,
     PlainValidator,
     SecretStr,
     StrictBool,
     StrictFloat,
     StrictInt,
+    StringConstraints,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -956,14 +959,13 @@ def is_no_health_check(record: logging.LogRecord) -> bool:
 
 
 @asynccontextmanager
-async def open_metrics(wanted: bool) -> AsyncIterator[Any]:
-    """Yield Prometheus' registry of all metrics, or None unless wanted. Raises StartupError if OpenTelemetry's exporter
-    is not installed."""
+async def open_metrics(wanted: bool) -> AsyncIterator[None]:
+    """If wanted, collect all metrics in Prometheus' registry. Raises StartupError if OpenTelemetry's exporter is not
+    installed."""
     if not wanted:
-        yield None
+        yield
         return
     try:
-        import prometheus_client
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from opentelemetry.sdk.metrics import MeterProvider
     except ImportError:
@@ -972,12 +974,10 @@ async def open_metrics(wanted: bool) -> AsyncIterator[Any]:
     if not isinstance(metrics.get_meter_provider(), MeterProvider):  # if FastAPI sends OTLP, it has set one
         metrics.set_meter_provider(MeterProvider())
     provider = cast(MeterProvider, metrics.get_meter_provider())
-    registry = prometheus_client.CollectorRegistry()
-    prometheus_client.ProcessCollector(registry=registry)
-    reader = PrometheusMetricReader(registry=registry)
+    reader = PrometheusMetricReader()
     provider.add_metric_reader(reader)
     try:
-        yield registry
+        yield
     finally:
         provider.remove_metric_reader(reader)
 
@@ -1480,9 +1480,6 @@ def log_upgrade(name: str, application: int, version: int) -> None:
         log.warning("cache %s: %s had schema %d, not %d", done, name, version, SCHEMA_VERSION)
 
 
-FILE_ERRORS = (sqlite3.Error, OSError, StartupError)  # what may be raised when a file is opened or written
-
-
 def reason(error: Exception) -> str:
     """The sentence of SQLite or of the system, without the path."""
     if isinstance(error, OSError):
@@ -1550,7 +1547,6 @@ async def only_process(folder: Path, seconds: float) -> AsyncIterator[None]:
         os.close(descriptor)
 
 
-MOVED, REPLACED = "its file was moved or deleted", "another file was put in its place"
 EMPTIED = "its file was emptied"
 
 # The files of a database. Only SQLite opens them, because it loses its locks when its process closes such a file.
@@ -1580,9 +1576,9 @@ class OpenFile(NamedTuple):
         try:
             status = os.stat(self.path)
         except OSError:
-            return MOVED
+            return "its file was moved or deleted"
         if (status.st_dev, status.st_ino) != self.parts[""]:
-            return REPLACED
+            return "another file was put in its place"
         return "" if status.st_size else EMPTIED
 
     def own_parts(self, *parts: str) -> list[str]:
@@ -1709,7 +1705,6 @@ class FileStore(Store):
         return await keep_trying(lambda: self._try_to_open(path), seconds)
 
     async def _try_to_open(self, path: Path) -> OpenFile:
-        # Open it with sqlite3 first: if aiosqlite fails to connect, its thread lives on and logs after the error.
         await asyncio.to_thread(prepare_file, path)
         async with AsyncExitStack() as connections:
             reader, writer = [
@@ -1744,7 +1739,7 @@ class FileStore(Store):
                     if file is not None:
                         moved = await self._retire(file, cause, damaged)
                     self._file = await self._open(self._busy_timeout)
-            except FILE_ERRORS as error:
+            except (sqlite3.Error, OSError, StartupError) as error:
                 raise StoreFault(reason(error)) from error
             finally:
                 if file is not None:  # also if the folder could not be locked
@@ -1777,10 +1772,8 @@ class FileStore(Store):
 
     async def read(self, statement: str, parameters: Parameters) -> Rows:
         while True:
-            if self._replacing.locked():  # another task is opening a file: wait for it
-                async with self._replacing:
-                    pass
-            file = self._file
+            async with self._replacing:  # another task may be opening a file: wait for it
+                file = self._file
             if file is None:
                 raise StoreFault("it is not open")
             try:
@@ -1796,7 +1789,7 @@ class FileStore(Store):
         What was written is settled."""
         deadline = asyncio.get_running_loop().time() + self._busy_timeout
         async with self._writing:
-            for last in (False, True):  # a second time if another task replaces the file meanwhile
+            while True:  # again if another task replaces the file meanwhile
                 file = await self._current()
                 left = deadline - asyncio.get_running_loop().time()
                 if left <= 0:
@@ -1808,9 +1801,8 @@ class FileStore(Store):
                 except (sqlite3.Error, ValueError) as error:  # ValueError: another task has closed the connection
                     if is_damage(error):
                         await self._replace(file, str(error), damaged=True)
-                    if last or file is self._file:
+                    if file is self._file:
                         raise StoreFault(reason(error)) from error
-        raise AssertionError  # the second round returns or raises
 
     @asynccontextmanager
     async def open_copy(self) -> AsyncIterator[str]:
@@ -1941,7 +1933,9 @@ class ClusterStore(Store):
             if application == APPLICATION_ID and version < SCHEMA_VERSION:
                 seconds = CLUSTER_MIGRATION_S
             try:
-                await self._ask("execute?transaction", [[statement] for statement in split_script(script)], seconds)
+                # rqlite takes a script as one statement. It must not have random() or the time of day in it, because
+                # rqlite rewrites a statement that has.
+                await self._ask("execute?transaction", [[script]], seconds)
                 log_upgrade(self._hosts, application, version)
                 break
             except StoreFault as fault:
@@ -2105,14 +2099,10 @@ class ClusterStore(Store):
 
     @asynccontextmanager
     async def open_copy(self) -> AsyncIterator[str]:
-        """The URI of the leader's backup, in a temporary folder. Raises StoreFault."""
+        """The URI of the leader's backup, in a temporary folder. Raises StoreFault, and OSError of our own disk."""
         # This read passes by a node that hangs, and after it the leader has carried out all that was written before.
         await self._ask_if_open("query?level=strong", [[DATABASE_STATE]])
-        try:
-            temporary = tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True)
-        except OSError as error:
-            raise StoreFault(reason(error)) from error
-        with temporary as folder:
+        with tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True) as folder:
             backup = Path(folder, "backup.db")
             await self._back_up(backup)
             yield f"{backup.as_uri()}?immutable=1"  # without it SQLite looks for the WAL that the file names
@@ -2134,8 +2124,6 @@ class ClusterStore(Store):
                     why = f"no backup, status {response.status}"  # 500: it makes one for another client
             except (aiohttp.ClientError, TimeoutError) as error:
                 why = "not reached" if isinstance(error, aiohttp.ClientConnectorError) else "broken off"
-            except OSError as error:  # of our disk
-                raise StoreFault(reason(error)) from error
             if not await self._turn_to_next(node, deadline):
                 raise StoreFault(why)
 
@@ -2146,17 +2134,6 @@ def as_json_lists(statements: Iterable[Statement]) -> list[list[Any]]:
         [statement, parameters] if isinstance(parameters, dict) else [statement, *parameters]
         for statement, parameters in statements
     ]
-
-
-def split_script(script: str) -> Iterator[str]:
-    """The statements of a script, one by one; a trigger is one, whatever semicolons are in it."""
-    statement = ""
-    for piece in re.findall("[^;]*;", script):
-        statement += piece
-        if sqlite3.complete_statement(statement):
-            if statement.strip() != ";":
-                yield statement.strip()
-            statement = ""
 
 
 def open_store(settings: Settings) -> FileStore | ClusterStore:
@@ -2195,7 +2172,7 @@ class Cache:
         self.unconfirmed = 0  # the number of unconfirmed rows when they were last counted
         self._waiting: list[tuple[Question, asyncio.Future[Answer | None]]] = []  # the hits of the next statement
         self._answering: asyncio.Task[None] | None = None  # the task of the statement that is under way
-        self._checking: asyncio.Task[str] | None = None  # the last check
+        self._checking = asyncio.Lock()  # held while the store is checked
         self._checked_at = -math.inf  # when the last check ended (monotonic)
 
     async def _read(self, statement: str, parameters: Parameters) -> Rows:
@@ -2254,32 +2231,36 @@ class Cache:
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
         """The cached answers. With `details`, only those whose row has attributes."""
-        rows = await self._cached(ANSWERS[details], questions)
+        rows = await self._read(ANSWERS[details], self._parameters(questions))
         return {row[0]: Answer._make(row[1:]) for row in rows}
 
     async def lines(self, questions: Sequence[Question], form: LineForm) -> dict[Question, tuple[str, Line]]:
         """The cached lines of a batch, each with its outcome (hit or stale)."""
-        rows = await self._cached(LINES[form], questions)
+        rows = await self._read(LINES[form], self._parameters(questions))
         if form.is_csv:
             return {row[0]: (row[1], row[2:]) for row in rows}
         return {row[0]: row[1:] for row in rows}
 
-    async def _cached(self, statement: str, questions: Sequence[Question]) -> Rows:
-        return await self._read(statement, self._parameters(questions) | {"grace": self._settings.grace})
-
     def _parameters(self, questions: Sequence[Question]) -> dict[str, Any]:
-        """The parameters of EXPIRES_AT, and the questions."""
+        """The questions, and the parameters of EXPIRES_AT and SERVED."""
         since = self._settings.fresh_since
         return {
             "questions": to_json(questions),
             "now": time.time(),
             "fresh_since": int(since.timestamp()) if since else 0,  # as `fetched_at`
             "stale_ttl": self._settings.stale_ttl,
+            "grace": self._settings.grace,
         }
 
-    async def records(self, questions: Sequence[Question]) -> tuple[dict[Question, Record], dict[Question, int | None]]:
-        """The rows of these questions, fresh or not; and for each question the last removal of its VIN, or None."""
-        rows = await self._read(RECORDS, self._parameters(questions))
+    async def records(
+        self, questions: Sequence[Question], seconds: float | None = None
+    ) -> tuple[dict[Question, Record], dict[Question, int | None]]:
+        """The rows of these questions, fresh or not; and for each question the last removal of its VIN, or None. They
+        are empty if the store does not answer within so many seconds."""
+        rows: Rows = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                rows = await self._read(RECORDS, self._parameters(questions))
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
@@ -2389,16 +2370,13 @@ class Cache:
     async def check(self) -> str:
         """`ok` if the store can be read and written, else the reason why not.
 
-        Callers share a check while it runs, and its result for a second after that."""
-        if self._checking is None or (self._checking.done() and time.monotonic() > self._checked_at + 1):
-            self._checking = asyncio.create_task(self._check())
-        return await asyncio.shield(self._checking)
-
-    async def _check(self) -> str:
-        with suppress(CacheUnavailable):  # write first, because a write notices if the file was moved or deleted
-            await self._write((PROBE, ()))
-        await self._read(REMOVED_AT, ("",))
-        self._checked_at = time.monotonic()
+        It is checked once a second at most."""
+        async with self._checking:
+            if time.monotonic() > self._checked_at + 1:
+                with suppress(CacheUnavailable):  # write first: a write notices if the file was moved or deleted
+                    await self._write((PROBE, ()))
+                await self._read(REMOVED_AT, ("",))
+                self._checked_at = time.monotonic()
         outages = {"read": self._read_outage.reason, "written": self._write_outage.reason}
         return "; ".join(f"cannot be {done}: {reason}" for done, reason in outages.items() if reason) or "ok"
 
@@ -2426,14 +2404,10 @@ VPIC_VINS = 50  # in one call, at most
 ANSWER_BYTES = 2**21  # unpacked, at most; the answer for 50 VINs has some 250 kB
 
 
-def storable_text(value: object) -> str:
-    """The value without the blanks around it that some answers have. Raises ValueError if SQLite can't store it."""
-    if not isinstance(value, str):
-        raise ValueError("missing or not a string")
-    value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
-    if "\0" in value:  # SQLite ends a text there
-        raise ValueError("a text with NUL in it")
-    return value.strip()
+# A text that SQLite can store, without the blanks around it that some answers have. SQLite ends a text at a NUL, and
+# takes no lone surrogate.
+StorableText = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\x00]*$")]
+STORABLE_TEXTS = TypeAdapter(dict[OnErrorOmit[StorableText], OnErrorOmit[StorableText]])
 
 
 def translate(flat: object) -> Decoding:
@@ -2441,19 +2415,12 @@ def translate(flat: object) -> Decoding:
     Other values that can't be stored are left out."""
     if not isinstance(flat, dict):
         raise ValueError("a result is not an object")
-    decoding = {}
-    for name, key in VPIC_KEYS.items():
-        try:
-            decoding[name] = storable_text(flat.get(key))
-        except ValueError as error:
-            raise ValueError(f"{key} is {error}") from None
-    others = {}
-    for key in flat.keys() - VPIC_KEYS.values():
-        with suppress(ValueError):
-            if value := storable_text(flat[key]):
-                others[storable_text(key)] = value
-    decoding |= {name: others.pop(key, "") for name, key in OPTIONAL_KEYS.items()}
-    return decoding | {"attributes": to_json(dict(sorted(others.items())))}
+    texts = STORABLE_TEXTS.validate_python(flat)
+    for key in VPIC_KEYS.values():
+        if key not in texts:
+            raise ValueError(f"{key} is missing or is no text that can be stored")
+    decoding = {name: texts.pop(key, "") for name, key in (VPIC_KEYS | OPTIONAL_KEYS).items()}
+    return decoding | {"attributes": to_json({key: text for key, text in sorted(texts.items()) if text})}
 
 
 def refuse_constant(name: str) -> None:
@@ -2855,17 +2822,11 @@ class Found(NamedTuple):
     outcome: str
 
 
-# What the cache has of some questions: their rows, fresh or not; and for each of them the last removal of its VIN.
-CachedRows = tuple[dict[Question, Record], dict[Question, int | None]]
-
 # What a waiter gets: an answer, or the error.
 Reply = Found | VpicUnavailable
 
 
-class TicketState(Enum):
-    WAITING = "waiting"
-    CALLED = "called"
-    DONE = "done"
+TicketState = Enum("TicketState", "WAITING CALLED DONE")
 
 
 class Ticket:
@@ -3014,23 +2975,20 @@ class Scheduler:
         return queue
 
     def _take(self, queue: Queue, size: int, background: bool) -> Call:
-        tickets: list[Ticket] = []
-        vins: set[str] = set()
+        taken: dict[str, Ticket] = {}  # by VIN, because vPIC's answer has the VIN, but not the year that was asked
         for ticket in queue:
-            if ticket.needs_own_call and tickets:
+            if ticket.needs_own_call and taken:
                 continue
-            if vin_of(ticket.question) not in vins:  # vPIC's answer has the VIN, but not the year that was asked
-                tickets.append(ticket)
-                vins.add(vin_of(ticket.question))
-            if ticket.needs_own_call or len(tickets) == size:
+            taken.setdefault(vin_of(ticket.question), ticket)
+            if ticket.needs_own_call or len(taken) == size:
                 break
-        for ticket in tickets:
+        for ticket in taken.values():
             ticket.state = TicketState.CALLED
             for waiter in ticket.waiters:
                 waiter.queue.discard(ticket)
         self.free_places -= 1
         self.free_for_background -= background
-        return Call(tickets, background)
+        return Call([*taken.values()], background)
 
 
 class Batch:
@@ -3073,7 +3031,7 @@ class Lookups:
         self._impatient: list[Waiter] = []  # their patience is over; `_schedule` empties the list
         self._overdue: list[Waiter] = []  # lookups whose time is nearly over; `_schedule` empties the list
         self._scheduled: asyncio.Handle | None = None  # the next `_schedule`
-        self._timer: asyncio.TimerHandle | None = None  # wakes `_schedule` if nothing else does before
+        self._schedule_at = math.inf  # when it runs (loop time)
         self._claim_at = 0.0  # when unconfirmed rows are claimed next, if nothing else waits (loop time)
         self._claiming = False  # a claim is under way
         self._closed = False  # no task begins any more
@@ -3084,12 +3042,11 @@ class Lookups:
 
     async def __aexit__(self, *_: object) -> None:
         self._closed = True
-        if self._timer:
-            self._timer.cancel()
+        if self._scheduled:
+            self._scheduled.cancel()
         await self._tasks.finish(cancel=True)
-        scheduler = self._scheduler
-        for waiter in scheduler.waiters([scheduler.lookups, *scheduler.batches]):
-            waiter.resolve(service_error())
+        for ticket in [*self._tickets.values()]:  # also one whose call was cancelled before it began
+            self._end(ticket, service_error())
 
     async def hit(self, question: Question, details: bool = False) -> Answer | None:
         """The cached answer. If its row is stale, vPIC is asked in the background."""
@@ -3209,22 +3166,19 @@ class Lookups:
 
     # -- Calling vPIC --------------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        """Run `_schedule` in the next turn of the loop, once for all that happens in this one."""
-        if self._scheduled is None and not self._closed:
-            self._scheduled = asyncio.get_running_loop().call_soon(self._schedule)
-
-    def _wake_in(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._wake)
+    def _wake(self, seconds: float = 0) -> None:
+        """Run `_schedule` after so many seconds, or before. With 0 it runs in the next turn of the loop, once for all
+        that happens in this one."""
+        loop = asyncio.get_running_loop()
+        if loop.time() + seconds < self._schedule_at and not self._closed:
+            if self._scheduled:
+                self._scheduled.cancel()
+            self._schedule_at = loop.time() + seconds
+            self._scheduled = loop.call_at(self._schedule_at, self._schedule)
 
     def _schedule(self) -> None:
         """Start all calls to vPIC and answers without vPIC that can begin now."""
-        self._scheduled = None
-        if self._closed:
-            return
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
+        self._scheduled, self._schedule_at = None, math.inf
         impatient, self._impatient = [waiter for waiter in self._impatient if not waiter.reply.done()], []
         overdue, self._overdue = self._overdue, []
         if impatient:
@@ -3243,12 +3197,11 @@ class Lookups:
         for call in self._scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
             self._start(self._call_vpic(call))
         if self._scheduler.is_idle and not self._claiming:
-            wait = self._claim_at - asyncio.get_running_loop().time()
-            if wait > 0:
-                self._wake_in(wait)
-            else:
-                self._claiming = True
+            now = asyncio.get_running_loop().time()
+            if now >= self._claim_at:
+                self._claiming, self._claim_at = True, now + CONFIRM_S
                 self._start(self._claim_unconfirmed())
+            self._wake(self._claim_at - now)
 
     def _refuse(self, refusal: VpicUnavailable) -> None:
         """While vPIC is not called, answer lookups without it, and batches too if vPIC is given up. Refreshes leave
@@ -3261,7 +3214,7 @@ class Lookups:
         if refused := [waiter for waiter in refused if not waiter.reply.done()]:
             self._start(self._answer_without_vpic(refused, refusal))
         if not self._vpic.is_off:
-            self._wake_in(refusal.retry_after or 1)
+            self._wake(refusal.retry_after or 1)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work in a task, which goes on when a waiter leaves."""
@@ -3286,8 +3239,9 @@ class Lookups:
             if len(tickets) > 1 and call.background:
                 seconds = self._settings.vpic_batch_timeout
             deadline = asyncio.get_running_loop().time() + seconds
-            tickets = await self._skip_cached(tickets, deadline)
-            tickets = await self._skip_claimed(tickets)
+            await self._skip_cached(tickets, seconds)
+            await self._skip_claimed(tickets)
+            tickets = [ticket for ticket in tickets if ticket.state is TicketState.CALLED]
             if not call.background:  # else nobody gives up, and vPIC has the whole time, however long the cache took
                 seconds = deadline - asyncio.get_running_loop().time()
             if tickets:
@@ -3303,41 +3257,29 @@ class Lookups:
         if waiters := self._requeue(call, unanswered, error, shared=len(tickets) > 1):
             await self._answer_without_vpic(waiters, error)
 
-    async def _skip_cached(self, tickets: list[Ticket], deadline: float) -> list[Ticket]:
-        """End the tickets for which the cache has a fresh row from vPIC by now. Returns the other tickets."""
-        records, removals = await self._read_rows([ticket.question for ticket in tickets], deadline)
-        now, rest = time.time(), []
+    async def _skip_cached(self, tickets: list[Ticket], seconds: float) -> None:
+        """End the tickets for which the cache has a fresh row from vPIC by now. It is read for so many seconds at
+        most."""
+        records, removals = await self._cache.records([ticket.question for ticket in tickets], seconds)
+        now = time.time()
         for ticket in tickets:
             ticket.removal = removals.get(ticket.question)
             ticket.removal_read.set()
             record = records.get(ticket.question)
-            if ticket.is_claimed or not record or record.source != "vpic" or not record.is_usable(now, ticket.details):
-                rest.append(ticket)
-            else:
+            if record and record.source == "vpic" and record.is_usable(now, ticket.details) and not ticket.is_claimed:
                 self._end(ticket, Found(record, "hit"))
-        return rest
 
-    async def _read_rows(self, questions: Sequence[Question], deadline: float | None) -> CachedRows:
-        """What the cache has of these questions; nothing if it does not answer until the deadline (loop time)."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
-                return await self._cache.records(questions)
-        return {}, {}
-
-    async def _skip_claimed(self, tickets: list[Ticket]) -> list[Ticket]:
-        """End the refreshes that another process has claimed. Returns the other tickets."""
+    async def _skip_claimed(self, tickets: list[Ticket]) -> None:
+        """End the refreshes that another process has claimed."""
         queue = self._scheduler.refreshes
         refreshes = {
             ticket.question: ticket for ticket in tickets if ticket.is_only_in(queue) and not ticket.is_claimed
         }
-        if not refreshes:
-            return tickets
         for question in await self._cache.claim_expired([*refreshes]):
             refreshes.pop(question).is_claimed = True
-        skipped = {ticket for ticket in refreshes.values() if ticket.is_only_in(queue)}  # else a lookup has joined it
-        for ticket in skipped:
-            self._end(ticket)
-        return [ticket for ticket in tickets if ticket not in skipped]
+        for ticket in refreshes.values():
+            if ticket.is_only_in(queue):  # else a lookup has joined it
+                self._end(ticket)
 
     async def _store_and_answer(self, tickets: list[Ticket], decoded: dict[Question, Decoding]) -> None:
         """Store vPIC's answers, then end their tickets."""
@@ -3417,15 +3359,14 @@ class Lookups:
 
     async def _claim_unconfirmed(self) -> None:
         """Claim unconfirmed rows and ask vPIC for them; for one row if the call is the breaker's probe."""
-        questions: list[Question] = []
         most = VPIC_VINS if self._vpic.breaker.closed else 1
         try:
-            questions = await self._cache.claim_unconfirmed(most)
+            if questions := await self._cache.claim_unconfirmed(most):
+                self._claim_at = 0  # because there may be more
+                self._ask_in_background(questions, self._scheduler.confirmations)
         finally:
             self._claiming = False
-            self._claim_at = asyncio.get_running_loop().time() + (0 if questions else CONFIRM_S)
             self._wake()
-        self._ask_in_background(questions, self._scheduler.confirmations)
 
     # -- Answers without vPIC ------------------------------------------------------------------------------------------
 
@@ -3439,10 +3380,9 @@ class Lookups:
             life = self._settings.offline_ttl if error and error.failure.blames_vin else 0
             # An overdue lookup has WITHOUT_VPIC_S left: 0.4 of it to read the cache, and 0.4 to store.
             seconds = WITHOUT_VPIC_S * 0.4 if is_final and error is None else None
-            deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
-            questions = [*{waiter.ticket.question: None for waiter in waiters}]
-            records, removals = await self._read_rows(questions, deadline)
-            found = await self._find_without_vpic(waiters, records, life)
+            detailed = {waiter.ticket.question: waiter.ticket.details for waiter in waiters}
+            records, removals = await self._cache.records([*detailed], seconds)
+            found = await self._find_without_vpic(detailed, records, life)
             with suppress(TimeoutError):  # the statement goes on
                 async with asyncio.timeout(seconds):
                     await self._store_without_vpic(found, removals)
@@ -3456,10 +3396,9 @@ class Lookups:
                 waiter.resolve(error or service_error())
 
     async def _find_without_vpic(
-        self, waiters: list[Waiter], records: dict[Question, Record], life: float
+        self, detailed: dict[Question, bool], records: dict[Question, Record], life: float
     ) -> dict[Question, Found]:
-        """The answers without vPIC."""
-        detailed = {waiter.ticket.question: waiter.ticket.details for waiter in waiters}
+        """The answers without vPIC to these questions, each with whether the attributes are wanted."""
         now, found = time.time(), dict[Question, Found]()
         for question, record in records.items():
             found[question] = Found(record, "hit" if record.is_usable(now, detailed[question]) else "stale")
@@ -3509,9 +3448,9 @@ class Lookups:
             self._scheduler.batches.remove(batch.queue)
             for waiter in batch.waiters:
                 self._leave(waiter)
-            without = {name: times for name, times in batch.outcomes.items() if name in WITHOUT_VPIC}
-            if without and not self._vpic.is_off:
-                counted = ", ".join(f"{times:,} {name}" for name, times in sorted(without.items()))
+            without_vpic = [name for name in ("failed", "offline", "stale") if batch.outcomes[name]]
+            if without_vpic and not self._vpic.is_off:
+                counted = ", ".join(f"{batch.outcomes[name]:,} {name}" for name in without_vpic)
                 level = logging.WARNING if batch.patience is None else logging.INFO
                 log.log(level, "batch answered in part without vPIC: %s", counted)
 
@@ -3544,7 +3483,7 @@ class Lookups:
     def _is_lost(self, waiter: Waiter) -> bool:
         ticket = waiter.ticket
         if waiter in ticket.waiters and ticket.state is TicketState.WAITING:
-            return ticket not in waiter.queue or not (self._tasks or self._timer or self._scheduled)
+            return ticket not in waiter.queue or not (self._tasks or self._scheduled)
         return not self._tasks  # one of them calls vPIC for the ticket, or answers the waiter without vPIC
 
     async def _look_up_rows(self, rows: Sequence[BatchRow], batch: Batch) -> list[Line | Waiter]:
@@ -3578,9 +3517,6 @@ class Lookups:
         for outcome, times in Counter(outcomes).items():
             lookups_counter.add(times, {"outcome": outcome})
         return lines
-
-
-WITHOUT_VPIC = ("failed", "offline", "stale")
 
 
 def overdue_error(ticket: Ticket) -> VpicUnavailable:
@@ -3915,7 +3851,6 @@ class Fleet:
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
         if mime_type != CSV:
             self._refuse_json()
-        self._number = 0  # the number of the line that was read last
         self._left = STEP_CHARACTERS  # the characters until the next pause
         with upload_lock:
             finder = LayoutFinder(self._lines(ROW_CHARACTERS))
@@ -3981,7 +3916,7 @@ class Fleet:
         """The lines with their line ends. Raises a 422 if one has more than `most` characters, or can't be decoded. The
         thread pauses after STEP_CHARACTERS, so that the event loop and the other upload threads go on."""
         self._text.seek(0)
-        self._number = 0
+        self._number = 0  # the number of the line that was read last
         while True:
             try:
                 line = self._text.readline(most + 1)
@@ -4313,7 +4248,11 @@ class Exporter:
         while True:
             await asyncio.sleep(1)
             end = time.monotonic() - SNAPSHOT_KEPT_S
-            self._kept = [snapshot for snapshot in self._kept if snapshot.readers or snapshot.used > end]
+            self._kept = [
+                snapshot
+                for snapshot in self._kept
+                if snapshot.readers or not snapshot.ready.done() or snapshot.used > end
+            ]
 
     def find(self, kind: ExportKind, client: str, headers: Headers) -> Snapshot | None:
         """The snapshot for a request that is no plain GET; None for a new one. Raises a 412 if If-Match names none."""
@@ -4522,11 +4461,12 @@ def is_whole_download(scope: Scope) -> bool:
 
 
 def client_network(client: str) -> str:
-    """What a limit counts as one client: an IPv4 address, or the /64 of an IPv6 address, because a user has a /64."""
+    """What a limit counts as one client: an IPv4 address, also in the form of IPv6, or the /64 of an IPv6 address,
+    because a user has a /64."""
     with suppress(ValueError):
         address = ipaddress.ip_address(client)
-        if address.version == 6:
-            return str(ipaddress.ip_network((address, 64), strict=False))
+        if isinstance(address, ipaddress.IPv6Address):
+            return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
     return client
 
 
@@ -4571,7 +4511,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         rates = Rates(settings.rate_storage, settings.vpic_rate, settings.nodes)
         await rates.check_storage()
         async with (
-            open_metrics(settings.metrics) as registry,
+            open_metrics(settings.metrics),
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings), vpic, settings) as lookups,
@@ -4591,7 +4531,6 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
                 "lookups": lookups,
                 "exporter": exporter,
                 "access": access,
-                "registry": registry,
             }
     except StartupError:
         sys.tracebacklimit = 0  # Starlette logs a traceback: without its frames only our sentence is left
@@ -4811,7 +4750,6 @@ app = FastAPI(
     lifespan=lifespan,
     exception_handlers={HTTPException: render_error, RequestValidationError: render_error, Exception: render_error},
     openapi_url=None,  # because /openapi.json and /docs have their own routes below
-    docs_url=None,
     generate_unique_id_function=lambda route: route.name,  # the operation's id, of which clients make a function's name
     redirect_slashes=False,  # `answer_without_route` redirects, to relative addresses
 )
@@ -5118,12 +5056,12 @@ async def readyz(request: Request, response: Response) -> Readiness:
 @app.get("/metrics", tags=["metrics"], include_in_schema=False)
 async def get_metrics(request: Request) -> Response:
     """All metrics, for Prometheus; 404 unless VINCACHE_METRICS is true."""
-    if request.state.registry is None:
+    if not request.state.settings.metrics:
         raise HTTPException(404)
-    from prometheus_client.exposition import choose_encoder
+    from prometheus_client import REGISTRY, exposition
 
-    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-    return Response(encode(request.state.registry), headers={"Content-Type": content_type})
+    encode, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
+    return Response(encode(REGISTRY), headers={"Content-Type": content_type})
 
 
 @app.get("/", tags=["docs"], include_in_schema=False)
