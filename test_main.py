@@ -6381,9 +6381,9 @@ def test_who_joins_while_a_question_goes_into_its_next_call_shares_it() -> None:
         cache, [one, other] = simulation.cache, SIMULATED_VINS[:2]
         records, removal = cache.records, cache.removal
 
-        async def read_slowly(questions: Sequence[str]) -> Any:
+        async def read_slowly(questions: Sequence[str], seconds: float | None = None) -> Any:
             await asyncio.sleep(0.5)
-            return await records(questions)
+            return await records(questions, seconds)
 
         async def read_in_between(question: str) -> int | None:
             await asyncio.sleep(0.2)
