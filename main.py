@@ -76,6 +76,7 @@ from contextlib import (
     asynccontextmanager,
     closing,
     contextmanager,
+    nullcontext,
     suppress,
 )
 from copy import deepcopy
@@ -85,7 +86,7 @@ from email.utils import formatdate, parsedate_to_datetime
 from encodings.aliases import aliases
 from enum import Enum
 from functools import cache, lru_cache, partial
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urlsplit
@@ -161,11 +162,12 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 
 def check_url(url: str) -> str:
     """The URL without a trailing slash. Raises ValueError unless a path and a query can be added, or it is empty."""
-    parts = urlsplit(url)
-    _ = parts.port  # raises ValueError if it is not a number up to 65535
-    if url and (parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s?#]", url)):
-        raise ValueError("not an http or https URL without blanks, query and fragment (empty means: offline only)")
-    return url.rstrip("/")
+    with suppress(ValueError):  # of urllib, whose sentence may have a part of a password in it
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if not url or (is_http and not re.search(r"[\s?#]", url)):
+            return url.rstrip("/")
+    raise ValueError("not an http or https URL without blanks, query and fragment (empty means: offline only)")
 
 
 def check_origins(origins: str) -> str:
@@ -184,21 +186,15 @@ def check_limit(limit: str) -> str:
     return limit
 
 
-CLUSTER_NODE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?", re.ASCII)
-
-
-# The URLs of an rqlite cluster's nodes, in the order given, a user and a password. Both are empty if none are given.
-ClusterAddress = tuple[list[str], str, str]
-
-
-def find_cluster(database: str) -> ClusterAddress | None:
-    """The address in a URL like `rqlite://user:password@db1:4001,db2:4001`; None for a path. Else raises ValueError."""
+def find_cluster(database: str) -> tuple[list[str], str, str] | None:
+    """Of a URL like `rqlite://user:password@db1:4001,db2:4001` the nodes' URLs, the user and the password, both empty
+    if none are given. None for a path. Else raises ValueError."""
     scheme, is_url, rest = database.partition("://")
     if not is_url:
         return None
     credentials, _, hosts = rest.rpartition("@")
     user, password = map(unquote, credentials.partition(":")[::2])
-    nodes = [CLUSTER_NODE.fullmatch(host) for host in hosts.split(",")]
+    nodes = [re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::([0-9]+))?", host, re.ASCII) for host in hosts.split(",")]
     if (
         scheme not in ("rqlite", "rqlites")
         or not all(node and 0 < int(node[1] or 4001) < 2**16 for node in nodes)
@@ -228,10 +224,7 @@ Seconds = Annotated[float, Field(gt=0, le=1e9)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=1e9)]
 Count = Annotated[int, Field(gt=0, le=10**6)]
 Moment = Annotated[datetime, AfterValidator(check_moment)]
-Url = Annotated[str, AfterValidator(check_url)]
 Limit = Annotated[str, AfterValidator(check_limit)]
-Origins = Annotated[str, AfterValidator(check_origins)]
-StorageUrl = Annotated[str, Field(pattern=r"^\S*$")]
 
 
 def mask(text: str) -> str:
@@ -260,7 +253,7 @@ class Settings(BaseSettings):
     attributes: bool = True  # store all that vPIC says, for details=true: some 1.3 kB a VIN
     busy_timeout: Seconds = 2  # a write waits this long for a locked file; then the answer is sent but not stored
 
-    vpic_url: Url = "https://vpic.nhtsa.dot.gov/api"  # empty: vPIC is not called, every VIN is decoded offline
+    vpic_url: Annotated[str, AfterValidator(check_url)] = "https://vpic.nhtsa.dot.gov/api"  # empty: decode all offline
     vpic_timeout: Seconds = 8  # the deadline of one lookup, retries and waiting included
     # How long a caller waits for vPIC before it is answered without it. Unset: a lookup until its deadline, a batch
     # until vPIC has failed for long.
@@ -281,14 +274,14 @@ class Settings(BaseSettings):
     upload_bytes: Annotated[int, Field(gt=0)] = 2**30  # of one file of VINs, which is stored beside the database
     export_limit: Limit = "10/minute"  # exports built per client; empty: no limit
     lookup_limit: Limit = ""  # lookups per client, a batch counts its VINs; empty: no limit
-    rate_storage: StorageUrl = (
+    rate_storage: Annotated[str, Field(pattern=r"^\S*$")] = (
         "async+memory://"  # where clients and calls to vPIC are counted; processes share `async+redis://...`
     )
     # The keys for /remove, /export and /metrics, comma-separated; empty: no key is needed.
     api_key: SecretStr = SecretStr("")
     private: bool = False  # lookups need a key too
     max_age: Annotated[int, Field(ge=0, le=10**9)] = 0  # seconds for which HTTP caches may answer without asking us
-    cors_origins: Origins = ""  # pages of these origins may read our answers in a browser
+    cors_origins: Annotated[str, AfterValidator(check_origins)] = ""  # pages of these origins may read our answers
     log: Literal["text", "json"] = "text"  # the form of a line of the log
     log_vins: bool = True  # false: our lines of the log have 1XP..........5307 for a VIN
     metrics: bool = False  # serve /metrics for Prometheus; it needs a key if one is set
@@ -365,16 +358,14 @@ def read_settings() -> Settings:
 # ======================================================================================================================
 
 # The characters that spreadsheets, telematics and copying leave around a value: all of Unicode's controls (Cc), formats
-# (Cf), which are invisible, and blanks (Zs). They are listed here, because a search for them would slow the start.
+# (Cf), which are invisible, and blanks (Zs). They are listed here, because a search for them would slow the start. The
+# first two ranges are the controls.
 EDGE_RANGES = (
-    "0-20 7f-a0 ad 600-605 61c 6dd 70f 890-891 8e2 1680 180e 2000-200f 202a-202f 205f-2064 2066-206f 3000 feff"
+    "0-1f 7f-9f 20 a0 ad 600-605 61c 6dd 70f 890-891 8e2 1680 180e 2000-200f 202a-202f 205f-2064 2066-206f 3000 feff"
     " fff9-fffb 110bd 110cd 13430-1343f 1bca0-1bca3 1d173-1d17a e0001 e0020-e007f"
 )
-EDGES = "".join(
-    chr(code)
-    for first, _, last in (numbers.partition("-") for numbers in EDGE_RANGES.split())
-    for code in range(int(first, 16), int(last or first, 16) + 1)
-)
+EDGE_ENDS = [(first, last or first) for first, _, last in (numbers.partition("-") for numbers in EDGE_RANGES.split())]
+EDGES = "".join(chr(code) for first, last in EDGE_ENDS for code in range(int(first, 16), int(last, 16) + 1))
 
 # Quotes around a value, and the forms in which spreadsheets keep a number as text: ="..." and '...
 WRAPPED = re.compile(r"=?\"(.+)\"|'(.+?)'?", re.DOTALL)
@@ -396,14 +387,11 @@ def unwrap(given: str) -> str:
     return value
 
 
-NOT_IN_VIN = re.compile("[^0-9A-Za-z]")
-
-
 def normalize_vin(given: str) -> str:
     """The VIN in capitals, without what is around it. Raises unless it is 17 ASCII letters and digits: the error names
     the first other character, because it may be invisible, else the length. No character is corrected."""
     vin = unwrap(given)
-    if wrong := NOT_IN_VIN.search(vin):
+    if wrong := re.search("[^0-9A-Za-z]", vin):
         raise PydanticCustomError("vin", f"character {wrong.start() + 1:,} is U+{ord(wrong[0]):04X}, not A-Z or 0-9")
     if len(vin) != 17:
         hint = ": the I in front may be a barcode label's, not the VIN's" if len(vin) == 18 and vin[0] in "Ii" else ""
@@ -439,12 +427,10 @@ EXAMPLE = "1XPWD40X1ED215307"
 EXAMPLE_ITEMS = [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]  # of a batch
 
 
-def wrapped_pattern(value: str, edges: str = EDGES) -> str:
+def wrapped_pattern(value: str, ends: Sequence[tuple[str, str]] = EDGE_ENDS) -> str:
     """The pattern, for the schema, of a value with any of the edge characters around it. Those beyond U+FFFF are left
     out, because some languages have no patterns for them."""
-    runs = groupby(enumerate(edges), lambda numbered: ord(numbered[1]) - numbered[0])
-    ends = [(run[0][1], run[-1][1]) for run in ([*run] for _, run in runs)]
-    edge = "".join(f"\\u{ord(first):04x}-\\u{ord(last):04x}" for first, last in ends if last <= "\uffff")
+    edge = "".join(f"\\u{first:0>4}-\\u{last:0>4}" for first, last in ends if len(last) <= 4)
     return f"^[{edge}]*({value})[{edge}]*$"
 
 
@@ -896,9 +882,6 @@ class TextLine(logging.Formatter):
 
     converter = staticmethod(time.gmtime)
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
-
     def format(self, record: logging.LogRecord) -> str:
         return CONTROL.sub(lambda control: ascii(control[0])[1:-1], super().format(record).rstrip())
 
@@ -920,7 +903,8 @@ class JsonLine(JsonFormatter):
 
 def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
     """Give uvicorn's log and ours the same form. Our lines have no credentials, and no VINs unless `log_vins`."""
-    formatter = JsonLine() if form == "json" else TextLine()
+    text = TextLine("%(asctime)s %(levelname)s %(name)s: %(message)s", UTC_TIME)
+    formatter = JsonLine() if form == "json" else text
     ours = logging.StreamHandler()
     ours.setFormatter(formatter)
     logging.basicConfig(handlers=[ours])  # does nothing if the root logger has a handler
@@ -928,13 +912,13 @@ def open_log(form: Literal["text", "json"], log_vins: bool) -> None:
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(formatter)
 
-    def mask_text(text: str) -> str:
-        return mask(text) if log_vins else LIKE_A_VIN.sub(r"\1..........\2", mask(text))
+    def mask_text(given: str) -> str:
+        return mask(given) if log_vins else LIKE_A_VIN.sub(r"\1..........\2", mask(given))
 
     def mask_record(record: logging.LogRecord) -> bool:
         record.msg, record.args = mask_text(record.getMessage()), None
         if record.exc_info:
-            record.exc_text, record.exc_info = mask_text(TextLine().formatException(record.exc_info)), None
+            record.exc_text, record.exc_info = mask_text(text.formatException(record.exc_info)), None
         return True
 
     log.filters[:] = [mask_record]
@@ -959,12 +943,8 @@ def is_no_health_check(record: logging.LogRecord) -> bool:
 
 
 @asynccontextmanager
-async def open_metrics(wanted: bool) -> AsyncIterator[None]:
-    """If wanted, collect all metrics in Prometheus' registry. Raises StartupError if OpenTelemetry's exporter is not
-    installed."""
-    if not wanted:
-        yield
-        return
+async def open_metrics() -> AsyncIterator[None]:
+    """Collect all metrics in Prometheus' registry. Raises StartupError if OpenTelemetry's exporter is not installed."""
     try:
         from opentelemetry.exporter.prometheus import PrometheusMetricReader
         from opentelemetry.sdk.metrics import MeterProvider
@@ -1041,10 +1021,6 @@ class Tasks:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Begin the work and wait for it. If the caller leaves first, nobody hears of an error."""
-        return await asyncio.shield(self.start(work))
 
     async def finish(self, cancel: bool = False) -> None:
         """Wait until all work is done, or cancel it."""
@@ -1147,19 +1123,15 @@ class Rates:
 
     async def check_storage(self) -> None:
         """Use the storage once. Raises StartupError if its URL has an option that redis does not know."""
-        if (storage := self._storage) is not None:
-            try:
-                await self._shared(lambda: storage.get("vincache"))
-            except TypeError as error:
-                raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
+        await self._shared(lambda storage: storage.get("vincache"))
 
     async def client(self, limit: RateLimitItem, tag: str, client: str, cost: int, counts: bool = True) -> float:
         """Take from a client's limit; if not `counts`, only look. While the storage fails there is always room."""
         if self._storage is None:
             return self._windows[tag].take(limit, client, cost, counts)
-        window = FixedWindowRateLimiter(self._storage)
 
-        async def take() -> float:
+        async def take(storage: Storage) -> float:
+            window = FixedWindowRateLimiter(storage)
             # Look first, because `hit` counts a request even if it refuses it. It may still refuse this one, because
             # others may have taken the room meanwhile.
             room = await window.test(limit, tag, client, cost=cost)
@@ -1171,32 +1143,28 @@ class Rates:
 
     async def vpic(self) -> float:
         """Take one call to vPIC. While the storage fails, this process counts for itself."""
-        if self._storage is not None:
-            storage, limit = self._storage, self._vpic_limit
-            calls = MovingWindowRateLimiter(storage)
 
-            async def take() -> float:
-                if await calls.hit(limit, "vpic"):
-                    return 0
-                wait = (await calls.get_window_stats(limit, "vpic")).reset_time - time.time()
-                if wait > limit.get_expiry():  # a machine's clock was set back; the calls before that would count on
-                    await storage.clear(limit.key_for("vpic"))
-                return min(max(0.01, wait), 1)  # look after a second, because other processes may free room
+        async def take(storage: Storage) -> float:
+            calls, limit = MovingWindowRateLimiter(storage), self._vpic_limit
+            if await calls.hit(limit, "vpic"):
+                return 0
+            wait = (await calls.get_window_stats(limit, "vpic")).reset_time - time.time()
+            if wait > limit.get_expiry():  # a machine's clock was set back; the calls before that would count on
+                await storage.clear(limit.key_for("vpic"))
+            return min(max(0.01, wait), 1)  # look after a second, because other processes may free room
 
-            wait = await self._shared(take)
-            if wait is not None:
-                return wait
-        return self._vpic_window.take()
+        wait = await self._shared(take)
+        return self._vpic_window.take() if wait is None else wait
 
-    async def _shared(self, work: Callable[[], Awaitable[Result]]) -> Result | None:
-        """The result of the work, or None while the storage fails."""
-        if not self._outage.may_try():
+    async def _shared(self, work: Callable[[Storage], Awaitable[Result]]) -> Result | None:
+        """The result of the work with the storage; None if there is none, or while it fails."""
+        if self._storage is None or not self._outage.may_try():
             return None
         try:
             async with asyncio.timeout(STORAGE_TIMEOUT_S):
-                result = await work()
-        except TypeError:  # the URL has an option that redis does not know; `check_storage` tells the operator
-            raise
+                result = await work(self._storage)
+        except TypeError as error:  # the URL has an option that redis does not know: `check_storage` meets it first
+            raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
         except Exception as error:  # noqa: BLE001 - redis may raise anything, and requests are answered all the same
             self._outage.begin(str(error) or "no answer")
             return None
@@ -1252,7 +1220,6 @@ FIELDS_SQL = (
     | {"cached_result": "json('true')", "fetched_at": f"strftime('{UTC_TIME}', fetched_at, 'unixepoch')"}
 )
 STATUS = "iif(decoded, 200, 404)"
-DETAIL = f"iif(decoded, '', '{UNDECODABLE}')"
 # When a row expires: now, if vPIC's answer is older than `:fresh_since`. But a row that expires within `:stale_ttl`
 # keeps its time, because it may have been claimed, and then vPIC must not be asked for it again before. The 1 is there
 # because `Cache._claim` rounds up.
@@ -1281,27 +1248,24 @@ def find_cached(columns: str, details: bool) -> str:
     """  # noqa: S608 - our own column names
 
 
-def answer_columns(details: bool) -> str:
+@cache
+def answers_sql(details: bool) -> str:
     more = {"attributes": "json(attributes)"} if details else {}
     body, error = json_object(FIELDS_SQL | more), json_object(FIELDS_SQL | {"detail": f"'{UNDECODABLE}'"} | more)
     fresh_until = f"iif(source = 'vpic', {EXPIRES_AT}, 0)"  # 0: vPIC's answer may replace an offline row at any time
-    return f"{STATUS}, CASE WHEN decoded THEN {body} ELSE {error} END, {OUTCOME}, fetched_at, {fresh_until}"
+    columns = f"{STATUS}, CASE WHEN decoded THEN {body} ELSE {error} END, {OUTCOME}, fetched_at, {fresh_until}"
+    return find_cached(columns, details)
 
 
-def line_columns(form: LineForm) -> str:
-    values = {"status": STATUS} | FIELDS_SQL | {"detail": DETAIL}
+@cache
+def lines_sql(form: LineForm) -> str:
+    values = {"status": STATUS} | FIELDS_SQL | {"detail": f"iif(decoded, '', '{UNDECODABLE}')"}
     if form.is_csv:
         values |= {"cached_result": "'true'", "attributes": "attributes"}
-        return f"{OUTCOME}, {', '.join(values[name] for name in form.names)}"
+        return find_cached(f"{OUTCOME}, {', '.join(values[name] for name in form.names)}", form.details)
     values |= {"attributes": "json(attributes)"}
-    return f"{OUTCOME}, {json_object({name: values[name] for name in form.names})}"
+    return find_cached(f"{OUTCOME}, {json_object({name: values[name] for name in form.names})}", form.details)
 
-
-ANSWERS = {details: find_cached(answer_columns(details), details) for details in (False, True)}
-LINES = {
-    form: find_cached(line_columns(form), form.details)
-    for form in (LineForm(is_csv, details) for is_csv in (False, True) for details in (False, True))
-}
 
 RECORDS = f"""
 SELECT asked.value, removed_at, {", ".join(f"vehicles.{column}" for column in COLUMNS[:-1])}, {EXPIRES_AT}, attributes
@@ -1449,7 +1413,7 @@ class Store(Protocol):
 
         Raises StoreFault. Then a file has not changed. A cluster may have carried the statements out, or have returned
         their rows to nobody."""
-        return await self._writes.run(self._write(statements, settle))
+        return await asyncio.shield(self._writes.start(self._write(statements, settle)))
 
     async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
         """As `write`, but it is cancelled with its caller."""
@@ -2231,12 +2195,12 @@ class Cache:
 
     async def answers(self, questions: Sequence[Question], details: bool = False) -> dict[Question, Answer]:
         """The cached answers. With `details`, only those whose row has attributes."""
-        rows = await self._read(ANSWERS[details], self._parameters(questions))
+        rows = await self._read(answers_sql(details), self._parameters(questions))
         return {row[0]: Answer._make(row[1:]) for row in rows}
 
     async def lines(self, questions: Sequence[Question], form: LineForm) -> dict[Question, tuple[str, Line]]:
         """The cached lines of a batch, each with its outcome (hit or stale)."""
-        rows = await self._read(LINES[form], self._parameters(questions))
+        rows = await self._read(lines_sql(form), self._parameters(questions))
         if form.is_csv:
             return {row[0]: (row[1], row[2:]) for row in rows}
         return {row[0]: row[1:] for row in rows}
@@ -3020,7 +2984,7 @@ class Lookups:
 
     def __init__(self, cache: Cache, vpic: Vpic, settings: Settings) -> None:
         self._cache = cache
-        self._vpic = vpic
+        self.vpic = vpic
         self._settings = settings
         self._scheduler = Scheduler(settings.vpic_concurrency)
         # A lookup stops to wait for vPIC so many seconds before its deadline. A call ends twice as many seconds before,
@@ -3185,7 +3149,7 @@ class Lookups:
             self._start(self._answer_without_vpic(impatient, None, is_final=False))
         if overdue:
             self._start(self._answer_without_vpic(overdue, None))
-        if refusal := self._vpic.refusal():
+        if refusal := self.vpic.refusal():
             self._refuse(refusal)
         else:
             self._start_calls()
@@ -3194,7 +3158,7 @@ class Lookups:
 
     def _start_calls(self) -> None:
         # A call that probes vPIC has one ticket, because the others would wait for vPIC in vain if it still fails.
-        for call in self._scheduler.take_calls(VPIC_VINS if self._vpic.breaker.closed else 1):
+        for call in self._scheduler.take_calls(VPIC_VINS if self.vpic.breaker.closed else 1):
             self._start(self._call_vpic(call))
         if self._scheduler.is_idle and not self._claiming:
             now = asyncio.get_running_loop().time()
@@ -3208,12 +3172,12 @@ class Lookups:
         their queue, and their rows are claimed, so that they are not tried again at once."""
         scheduler = self._scheduler
         queues = [scheduler.lookups, scheduler.refreshes]
-        refused = scheduler.waiters([*queues, *scheduler.batches] if self._vpic.is_given_up() else queues)
+        refused = scheduler.waiters([*queues, *scheduler.batches] if self.vpic.is_given_up() else queues)
         for waiter in refused:
             self._leave(waiter)
         if refused := [waiter for waiter in refused if not waiter.reply.done()]:
             self._start(self._answer_without_vpic(refused, refusal))
-        if not self._vpic.is_off:
+        if not self.vpic.is_off:
             self._wake(refusal.retry_after or 1)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -3246,7 +3210,7 @@ class Lookups:
                 seconds = deadline - asyncio.get_running_loop().time()
             if tickets:
                 questions = [ticket.question for ticket in tickets]
-                decoded = await self._vpic.decode(questions, seconds, patient=call.background)
+                decoded = await self.vpic.decode(questions, seconds, patient=call.background)
         except VpicUnavailable as raised:
             error = raised
         finally:  # before the answers are stored, because others may call vPIC meanwhile
@@ -3302,9 +3266,9 @@ class Lookups:
                 ticket.needs_own_call = True
                 self._put_back(ticket, first=True)
                 continue
-            is_open = not self._vpic.breaker.closed
+            is_open = not self.vpic.breaker.closed
             if is_open:
-                batches_wait = not self._vpic.is_given_up()
+                batches_wait = not self.vpic.is_given_up()
             elif is_crowded and not call.background:  # a batch's own call would have waited for the rate
                 batches_wait = True
             else:
@@ -3359,7 +3323,7 @@ class Lookups:
 
     async def _claim_unconfirmed(self) -> None:
         """Claim unconfirmed rows and ask vPIC for them; for one row if the call is the breaker's probe."""
-        most = VPIC_VINS if self._vpic.breaker.closed else 1
+        most = VPIC_VINS if self.vpic.breaker.closed else 1
         try:
             if questions := await self._cache.claim_unconfirmed(most):
                 self._claim_at = 0  # because there may be more
@@ -3406,7 +3370,7 @@ class Lookups:
             loop = asyncio.get_running_loop()
             for question, decoding in (await loop.run_in_executor(offline_thread, decode_offline, unknown)).items():
                 # While vPIC is configured, "undecodable" is no answer, because vPIC may know the VIN.
-                if is_decodable(decoding) or self._vpic.is_off:
+                if is_decodable(decoding) or self.vpic.is_off:
                     found[question] = Found(self._make_record(question, decoding, "offline", life), "offline")
         return found
 
@@ -3449,7 +3413,7 @@ class Lookups:
             for waiter in batch.waiters:
                 self._leave(waiter)
             without_vpic = [name for name in ("failed", "offline", "stale") if batch.outcomes[name]]
-            if without_vpic and not self._vpic.is_off:
+            if without_vpic and not self.vpic.is_off:
                 counted = ", ".join(f"{batch.outcomes[name]:,} {name}" for name in without_vpic)
                 level = logging.WARNING if batch.patience is None else logging.INFO
                 log.log(level, "batch answered in part without vPIC: %s", counted)
@@ -4428,11 +4392,6 @@ class Access:
             if wait := await self._rates.client(limit, tag, client_network(client), cost, counts):
                 raise HTTPException(429, f"The limit is {limit}; ask again later.", retry_after_header(wait))
 
-    def check_size(self, tag: Tag, cost: int) -> None:
-        """Raises a 422 if the cost is above the whole limit: waiting, as a 429 asks for, would not help."""
-        if (limit := self.limits.get(tag)) is not None and cost > limit.amount:
-            raise invalid("too_long", ("body", "vins"), f"The limit is {limit}: {cost} at once never fit; send fewer")
-
 
 def find_keys(scope: Scope) -> Iterator[bytes]:
     """All keys that the request has. One valid key suffices, because a proxy in front may add an Authorization."""
@@ -4511,7 +4470,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         rates = Rates(settings.rate_storage, settings.vpic_rate, settings.nodes)
         await rates.check_storage()
         async with (
-            open_metrics(settings.metrics),
+            open_metrics() if settings.metrics else nullcontext(),
             open_store(settings) as store,
             open_vpic(settings, rates) as vpic,
             Lookups(cache := Cache(store, settings), vpic, settings) as lookups,
@@ -4524,14 +4483,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
             # The garbage collector never looks through the objects of the start again, and seldom through new ones.
             gc.freeze()
             gc.set_threshold(100_000, 50, 50)
-            yield {
-                "settings": settings,
-                "cache": cache,
-                "vpic": vpic,
-                "lookups": lookups,
-                "exporter": exporter,
-                "access": access,
-            }
+            yield {"settings": settings, "cache": cache, "lookups": lookups, "exporter": exporter, "access": access}
     except StartupError:
         sys.tracebacklimit = 0  # Starlette logs a traceback: without its frames only our sentence is left
         raise
@@ -4548,10 +4500,6 @@ PREFIX = "/api/v1"
 # A lookup as programs send it: a VIN in capitals and no other parameter. Only such a one is answered without FastAPI,
 # whose parsing takes longer than the hit itself.
 CANONICAL = re.compile(r"/lookup(?:\?vin=([0-9A-Z]{17})|/([0-9A-Z]{17})\?)")
-
-# Routes with these tags ignore query parameters that they don't have: load balancers add some to /healthz, bookmarks to
-# /docs, and Prometheus to /metrics, and none of them changes what is meant.
-LENIENT_TAGS: set[Tag] = OPEN_TAGS | {"metrics"}
 
 
 class TaggedRoute(APIRoute):
@@ -4578,13 +4526,11 @@ class TaggedRoute(APIRoute):
         return Match.FULL if scope.get("route") is self else Match.NONE, {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.tag not in LENIENT_TAGS:
-            self._check_query(QueryParams(scope["query_string"]))
-        await self.app(scope, receive, send)
-
-    def _check_query(self, given: QueryParams) -> None:
         """Raises a 422 for a parameter that the handler does not have, and for one that is given more than once:
         FastAPI would take the last one, but an HTTP cache in front may look at the first."""
+        # Not with these tags: load balancers add some to /healthz, bookmarks to /docs, and Prometheus to /metrics, and
+        # none of them changes what is meant.
+        given = QueryParams("" if self.tag in OPEN_TAGS | {"metrics"} else scope["query_string"])
         try:
             refuse_unknown(given.keys(), self._parameters, "parameter")
         except PydanticCustomError as error:
@@ -4592,6 +4538,7 @@ class TaggedRoute(APIRoute):
         for name in given:
             if len(given.getlist(name)) > 1:
                 raise invalid("repeated", ("query", name), f"Give {name} only once")
+        await self.app(scope, receive, send)
 
 
 class Middleware:
@@ -4603,9 +4550,7 @@ class Middleware:
         for route in routes:
             if isinstance(route, TaggedRoute):
                 by_path.setdefault(route.path, []).append(route)
-        # The routes whose path has no parameter, by path.
         self._literal = {path: here for path, here in by_path.items() if not here[0].param_convertors}
-        # The routes whose path has a parameter, with its pattern.
         self._patterns = [(here[0].path_regex, here) for here in by_path.values() if here[0].param_convertors]
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -4621,10 +4566,8 @@ class Middleware:
         like /lookup/batch goes before a pattern like /lookup/{vin}."""
         if here := self._literal.get(path):
             return here, {}
-        if CONTROL.search(path):
-            return [], {}
         for pattern, here in self._patterns:
-            if found := pattern.fullmatch(path):  # not `match`: the $ of the pattern matches before a line end, too
+            if (found := pattern.match(path)) and not CONTROL.search(path):
                 return here, found.groupdict()
         return [], {}
 
@@ -4738,7 +4681,7 @@ def render_answer(answer: Answer, scope: Scope) -> tuple[int, list[tuple[bytes, 
 
 
 # ======================================================================================================================
-# Routes: what each address does, and what the schema says of it. `describe_schema` adds what depends on the settings.
+# Routes: what each address does, and what the schema says of it. `openapi` adds what depends on the settings.
 # ======================================================================================================================
 
 PARQUET = "application/vnd.apache.parquet"
@@ -4766,7 +4709,7 @@ def error_response(description: str, detail: str, **fields: str) -> dict[str, An
     return {"description": description, "content": content}
 
 
-# The errors from which each route takes its own. FastAPI adds 422, and `describe_schema` 401 and 429.
+# The errors from which each route takes its own. FastAPI adds 422, and `openapi` 401 and 429.
 ERRORS: Responses = {
     400: error_response("The body can't be read", "There was an error parsing the body"),
     404: error_response("A path with a control character in it", "Not Found"),
@@ -4829,16 +4772,13 @@ FILE_SENT: Responses = {
 }
 
 
-# Of a header like `respond-async, wait=10`; the value may be quoted.
-PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", re.ASCII | re.IGNORECASE)
-
-
 def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
     """How many seconds this caller waits for vPIC: by `Prefer: wait=N` (RFC 7240), else by the settings. And the header
     that says that the preference was applied."""
     settings: Settings = request.state.settings
     preferences = ",".join(request.headers.getlist("prefer"))
-    if wait := PREFER_WAIT.search(preferences):  # the first one counts
+    # In a header like `respond-async, wait=10`; the value may be quoted. The first one counts.
+    if wait := re.search(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]+)\"?\s*(?=[,;]|$)", preferences, re.ASCII | re.IGNORECASE):
         seconds = min(int(wait[1][:9]), settings.vpic_timeout)  # int() refuses a text of thousands of digits
         return seconds, {"Preference-Applied": f"wait={seconds:g}"}
     return settings.patience, {}
@@ -4917,14 +4857,11 @@ async def lookup_post(body: LookupBody, request: Request) -> Response:
     return await answer_lookup(request, make_question(body.vin, body.model_year), body.details)
 
 
-QUALITY = re.compile(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", re.I)  # like q=.2, q=0.2, q=0, q=1 or q=1.000
-
-
 def accepted_type(accept: str, answer_type: str) -> str:
     """The type that Accept names with the highest q; of equals the first. `answer_type`, if it names none."""
     best = 0.0
     for named in accept.split(","):
-        quality = QUALITY.search(named)
+        quality = re.search(r";\s*q=(0?\.[0-9]+|[01])(?:\.0*)?\s*$", named, re.I)  # like q=.2, q=0, q=1 or q=1.000
         weight = float(quality[1]) if quality else 1.0
         if weight > best and media_type(named) in (JSON, JSONL, CSV):
             answer_type, best = media_type(named), weight
@@ -4946,7 +4883,8 @@ async def answer_batch(
 ) -> StreamingResponse:
     """The response with a line for each of `count` rows, of this type unless `Accept` names another one."""
     access: Access = request.state.access
-    access.check_size("lookup", count)
+    if (limit := access.limits.get("lookup")) and count > limit.amount:  # a 429 would ask to wait, which would not help
+        raise invalid("too_long", ("body", "vins"), f"The limit is {limit}: {count} at once never fit; send fewer")
     await access.count(request.scope, "lookup", count - 1)  # the middleware has counted one
     answer_type = accepted_type(",".join(request.headers.getlist("accept")), answer_type)
     sent = deque[BatchRow]() if answer_type == CSV else None
@@ -5047,7 +4985,7 @@ async def readyz(request: Request, response: Response) -> Readiness:
     return Readiness(
         status="ok" if cache == "ok" else "unavailable",
         cache=cache,
-        vpic=request.state.vpic.state,
+        vpic=request.state.lookups.vpic.state,
         unconfirmed=request.state.cache.unconfirmed,
         offline_data=await asyncio.to_thread(offline_month),
     )
@@ -5069,8 +5007,10 @@ async def index() -> RedirectResponse:
     return RedirectResponse("docs")  # relative, so that it is right under the prefix and behind a proxy
 
 
-def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
+@app.get("/openapi.json", tags=["docs"], include_in_schema=False)
+async def openapi(request: Request) -> JSONResponse:
     """The schema with these settings: the routes that need the key, and the limits."""
+    access: Access = request.state.access
     schema = deepcopy(app.openapi())
     for operation in [operation for operations in schema["paths"].values() for operation in operations.values()]:
         tag, responses = operation["tags"][0], operation["responses"]
@@ -5078,7 +5018,7 @@ def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
             # /docs shows a description only if it stands here, not in the schema of the parameter.
             parameter.setdefault("description", parameter["schema"].get("description", ""))
             if parameter["in"] == "path":  # a path with a control character is a 404
-                pattern = wrapped_pattern(VIN_PATTERN, CONTROL.sub("", EDGES))
+                pattern = wrapped_pattern(VIN_PATTERN, EDGE_ENDS[2:])
                 parameter["schema"]["anyOf"] = [{"type": "string", "pattern": pattern}]
         if tag not in access.open_tags:
             operation["security"] = [{name: []} for name in KEY_SCHEMES]
@@ -5089,15 +5029,9 @@ def describe_schema(access: Access, settings: Settings) -> dict[str, Any]:
         operation["responses"] = dict(sorted(responses.items()))
     components = schema["components"]
     components["schemas"] |= {model.__name__: model.model_json_schema() for model in (Problem, VinProblem)}
-    components["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = settings.batch_limit
+    components["schemas"]["BatchBody"]["properties"]["vins"]["maxItems"] = request.state.settings.batch_limit
     if access.keys:
         components["securitySchemes"] = KEY_SCHEMES
-    return schema
-
-
-@app.get("/openapi.json", tags=["docs"], include_in_schema=False)
-async def openapi(request: Request) -> JSONResponse:
-    schema = describe_schema(request.state.access, request.state.settings)
     if root_path := request.scope["root_path"]:
         schema["servers"] = [{"url": root_path}]
     return JSONResponse(schema)

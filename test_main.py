@@ -812,6 +812,8 @@ BAD_STARTS = {
     "unknown storage": ({"rate_storage": "async+abacus://u:SECRET@host"}, "VINCACHE_RATE_STORAGE"),
     "blocking storage": ({"rate_storage": "memory://"}, "VINCACHE_RATE_STORAGE"),
     "cluster's bad URL": ({"database": "rqlte://u:SECRET@db1"}, "VINCACHE_DATABASE: neither a path nor like rqlite://"),
+    "a slash in a password": ({"vpic_url": "http://u:SECRET/word@host/api"}, "VINCACHE_VPIC_URL: not an http or https"),
+    "no number of a port": ({"vpic_url": "http://host:99999/api"}, "VINCACHE_VPIC_URL: not an http or https URL"),
     "storage's bad URL": ({"rate_storage": "async+redis://:SECRET@host:99999"}, "VINCACHE_RATE_STORAGE"),
     "storage's odd option": ({"rate_storage": "async+redis://:SECRET@127.0.0.1:1/?foo=1"}, "VINCACHE_RATE_STORAGE"),
     "database in no directory": ({"database": "nowhere/cache.db"}, "VINCACHE_DATABASE"),
@@ -3300,7 +3302,7 @@ async def test_what_a_node_gives_no_answer_to_is_sent_again(
             assert removed == (200, {"vin": TRUCK, "cache_delete_success": there})
     assert {
         main.DATABASE_STATE,
-        main.ANSWERS[False],
+        main.answers_sql(False),
         main.RECORDS,
         main.store_sql(1),
         main.REMOVAL,
@@ -3330,7 +3332,7 @@ async def test_reads_are_strong_until_the_leader_has_caught_up(start: Start, clu
             assert caching(await service.send(LOOKUPS[0], TRUCK))[1] == "HIT"
             # After a failure one read is strong, the hit's or another one.
             assert ("strong" in {told for _, told in levels}) == (level == "strong"), levels
-            failing |= {main.ANSWERS[False]} if level == "weak" else set()
+            failing |= {main.answers_sql(False)} if level == "weak" else set()
         failing.clear()
         await service.delete(f"/remove/{TRUCK}")
         assert levels[levels.index((main.REMOVAL, "written")) + 1] == (main.CLOCK, "strong")
@@ -4940,7 +4942,7 @@ async def test_a_batch_waits_while_vpic_is_left_alone(start: Start, vpic: Played
     async with start(**settings) as service:
         vpic.fault = refuses(403)
         batch = asyncio.create_task(service.batch(trucks(700)))
-        await until(lambda: not service.state["vpic"].breaker.closed)
+        await until(lambda: not service.state["lookups"].vpic.breaker.closed)
         assert (await service.lookup(TRUCK))[0] == 503
         vpic.fault = answers
         assert [(line["vin"], line["status"]) for line in await batch] == [(vin, 200) for vin in trucks(700)]
@@ -6057,7 +6059,7 @@ class Life(RuleBasedStateMachine):
         self.check()
 
     def check(self) -> None:
-        if not self.simulation.lookups._vpic.breaker.closed and not self.simulation.vpic.breaker_is_open:
+        if not self.simulation.lookups.vpic.breaker.closed and not self.simulation.vpic.breaker_is_open:
             self.simulation.complain("the breaker is open although vPIC has not failed so often")
         if self.simulation.complaints:
             Life.failed_first = Life.failed_first or Life.lives
