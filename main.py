@@ -963,7 +963,7 @@ async def open_metrics() -> AsyncIterator[None]:
 
 
 # ======================================================================================================================
-# Shared mechanisms: a list in parts, a thing that fails for a while, and work that goes on when its caller leaves.
+# Shared mechanisms: a list in parts, a thing that fails for a while, and work that outlives its caller or ends with it.
 # ======================================================================================================================
 
 Result = TypeVar("Result")
@@ -1045,6 +1045,24 @@ async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of the work. If the client hangs up first, the work ends, and a 499 is raised."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(hang_up())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(499, "The client hung up")
+        return working.result()
+    finally:
+        working.cancel()  # else asyncio would log an error of the work that nobody waits for any longer
+        leaving.cancel()
 
 
 # ======================================================================================================================
@@ -2380,9 +2398,8 @@ def translate(flat: object) -> Decoding:
     if not isinstance(flat, dict):
         raise ValueError("a result is not an object")
     texts = STORABLE_TEXTS.validate_python(flat)
-    for key in VPIC_KEYS.values():
-        if key not in texts:
-            raise ValueError(f"{key} is missing or is no text that can be stored")
+    if missing := [key for key in VPIC_KEYS.values() if key not in texts]:
+        raise ValueError(f"{missing[0]} is missing or is no text that can be stored")
     decoding = {name: texts.pop(key, "") for name, key in (VPIC_KEYS | OPTIONAL_KEYS).items()}
     return decoding | {"attributes": to_json({key: text for key, text in sorted(texts.items()) if text})}
 
@@ -2393,35 +2410,29 @@ def refuse_constant(name: str) -> None:
 
 
 def parse(body: bytes, vins: Collection[str]) -> dict[str, Decoding]:
-    """The results for `vins` in an answer of vPIC. It need not have all. Raises ValueError if it has none."""
+    """The results for `vins` in vPIC's answer, at least one. Raises ValueError, or RecursionError if it is too deep."""
     if re.match(rb"\s*<(!doctype )?html", body, re.IGNORECASE):
         raise ValueError("an HTML page")
-    try:
-        answer = json.loads(body.decode("utf-8-sig"), parse_constant=refuse_constant)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    answer = json.loads(body.decode("utf-8-sig"), parse_constant=refuse_constant)
     results = answer.get("Results") if isinstance(answer, dict) else None
     if not isinstance(results, list):
         raise ValueError("no list of results")
     found: dict[str, Decoding] = {}
-    fault: ValueError | None = None
+    fault = ValueError(f"none of {len(results)} results is about the VIN asked")
     for flat in results:
         try:
             decoding = translate(flat)
+            if decoding["vin"] in vins:
+                found[decoding["vin"]] = decoding
         except ValueError as error:
             fault = error
-            continue
-        if decoding["vin"] in vins:
-            found[decoding["vin"]] = decoding
     if not found:
-        raise fault or ValueError(f"none of {len(results)} results is about the VIN asked")
+        raise fault
     return found
 
 
-def retry_after_seconds(header: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header (seconds or HTTP date), or None if there is none that can be read."""
-    if header is None:
-        return None
+def retry_after_seconds(header: str) -> float | None:
+    """Seconds to wait by a Retry-After header (seconds or HTTP date), or None if it can't be read, or is empty."""
     with suppress(ValueError, OverflowError):  # OverflowError: the date has an impossible time zone
         if header.strip().isdigit():
             return int(header)  # not a float, because one of 400 digits would be infinite
@@ -2452,28 +2463,24 @@ class Breaker:
         self._seconds = seconds  # for which it stays open
         self._failed: list[frozenset[object]] = []  # the sets of VINs that count, since the last answer
         self._first_failed_at = 0.0  # the first failure since the last answer (monotonic)
-        self._last_failed_at = 0.0  # the last failure (monotonic)
-        self._open_until: float | None = None  # monotonic; None: closed
-        self.open_since = 0.0  # unix seconds
+        self._last_failed_at = 0.0  # the last failure (monotonic), from which the breaker stays open for `seconds`
+        self.open_since = 0.0  # unix seconds; 0: closed
         self._probing = False  # the probe is under way
         breaker_gauge.set(0)
 
     @property
     def closed(self) -> bool:
-        return self._open_until is None
+        return not self.open_since
 
     def has_failed_for(self, seconds: float) -> bool:
         """Whether the breaker is open and the time from the first to the last failure is at least `seconds`. Not during
         a probe, because vPIC may answer it."""
-        is_open = self._open_until is not None and not self._probing
-        return is_open and self._last_failed_at - self._first_failed_at >= seconds
+        return not self.closed and not self._probing and self._last_failed_at - self._first_failed_at >= seconds
 
     def refusal(self) -> VpicUnavailable | None:
         """Why no call may be made now, or None if one may."""
-        if self._open_until is None:
-            return None
-        wait = self._open_until - time.monotonic()
-        if wait <= 0 and not self._probing:
+        wait = self._last_failed_at + self._seconds - time.monotonic()
+        if self.closed or (wait <= 0 and not self._probing):
             return None
         return VpicUnavailable(LEFT_ALONE, retry_after=max(1, wait))
 
@@ -2489,9 +2496,7 @@ class Breaker:
             yield
         except VpicUnavailable as error:
             if error.failure.blames_vpic:
-                self._count(frozenset(map(vin_of, questions) if error.failure.blames_vin else [object()]))
-                if is_probe or len(self._failed) >= self._failures:
-                    self._open()
+                self._count_failure(frozenset(map(vin_of, questions) if error.failure.blames_vin else [object()]))
             raise
         else:
             self._close()
@@ -2499,25 +2504,22 @@ class Breaker:
             if is_probe:
                 self._probing = False
 
-    def _count(self, failed: frozenset[object]) -> None:
+    def _count_failure(self, failed: frozenset[object]) -> None:
         self._last_failed_at = time.monotonic()
         if not self._failed:
             self._first_failed_at = self._last_failed_at
         self._failed = [other for other in self._failed if not other > failed]  # `failed` explains its supersets
         if not any(other <= failed for other in self._failed):
             self._failed.append(failed)
-
-    def _open(self) -> None:
-        if self.closed:
+        if self.closed and len(self._failed) >= self._failures:
             self.open_since = time.time()
             breaker_gauge.set(1)
             log.warning("breaker open: vPIC is left alone for %g s at a time", self._seconds)
-        self._open_until = time.monotonic() + self._seconds
 
     def _close(self) -> None:
         self._failed.clear()
         if not self.closed:
-            self._open_until = None
+            self.open_since = 0.0
             breaker_gauge.set(0)
             log.info("breaker closed: vPIC answers again")
 
@@ -2528,15 +2530,13 @@ class Vpic:
     def __init__(self, session: aiohttp.ClientSession, rates: Rates, settings: Settings) -> None:
         self._session = session
         self._rates = rates
-        self._url = settings.vpic_url
-        self._fair_time = settings.vpic_timeout / 2  # seconds: if a call had less, its timeout is not vPIC's fault
-        self._batch_timeout = settings.vpic_batch_timeout
+        self._settings = settings
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
 
     @property
     def is_off(self) -> bool:
         """Whether the settings say that vPIC is never asked."""
-        return not self._url
+        return not self._settings.vpic_url
 
     @property
     def state(self) -> str:
@@ -2553,11 +2553,9 @@ class Vpic:
 
     def is_given_up(self) -> bool:
         """Whether batches too are answered without vPIC."""
-        return self.is_off or self.breaker.has_failed_for(self._batch_timeout)
+        return self.is_off or self.breaker.has_failed_for(self._settings.vpic_batch_timeout)
 
-    async def decode(
-        self, questions: Sequence[Question], seconds: float, patient: bool = False
-    ) -> dict[Question, Decoding]:
+    async def decode(self, questions: Sequence[Question], seconds: float, patient: bool) -> dict[Question, Decoding]:
         """Ask vPIC up to 50 questions about different VINs. The result need not have all of them.
 
         Raises VpicUnavailable within so many seconds, after all retries. The wait of a `patient` caller for our own
@@ -2622,11 +2620,11 @@ class Vpic:
     async def _call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoding]:
         """One HTTP call, with its answer parsed. Raises VpicUnavailable, whatever goes wrong."""
         asked = {vin_of(question): question for question in questions}
-        fair = deadline - asyncio.get_running_loop().time() >= self._fair_time
+        fair = deadline - asyncio.get_running_loop().time() >= self._settings.vpic_timeout / 2  # else not vPIC's fault
         try:
             async with asyncio.timeout_at(deadline), self._request(questions) as response:
                 if response.status != 200:
-                    raise self._status_error(response.status, response.headers.get("Retry-After"))
+                    raise self._status_error(response.status, response.headers.get("Retry-After", ""))
                 body = bytearray()
                 # In pieces, because a small packed answer may unpack to more than the memory holds.
                 async for chunk in response.content.iter_chunked(2**16):
@@ -2637,27 +2635,25 @@ class Vpic:
         except TimeoutError:
             raise VpicUnavailable(TOO_LATE if fair else TOO_LITTLE_TIME, "no answer") from None
         except aiohttp.ClientError as error:
-            is_reached = not isinstance(error.__cause__, aiohttp.ClientConnectorError)  # `send_once` wraps the error
-            raise VpicUnavailable(
-                INTERRUPTED if is_reached else UNREACHABLE, str(error) or type(error).__name__
-            ) from None
-        except ValueError as error:
+            reached = not isinstance(error.__cause__, aiohttp.ClientConnectorError)  # `send_once` wraps the error
+            raise VpicUnavailable(INTERRUPTED if reached else UNREACHABLE, str(error) or type(error).__name__) from None
+        except (ValueError, RecursionError) as error:
             raise VpicUnavailable(UNUSABLE, f"unusable answer: {error}") from None
 
     def _request(self, questions: Sequence[Question]) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         # Redirects are failures, because they lead away from the URL that the operator has set.
         if len(questions) == 1:
-            url = f"{self._url}/vehicles/DecodeVinValues/{vin_of(questions[0])}"
+            url = f"{self._settings.vpic_url}/vehicles/DecodeVinValues/{vin_of(questions[0])}"
             query = {"format": "json"}
             if model_year := model_year_of(questions[0]):
                 query["modelyear"] = model_year
             return self._session.get(url, params=query, allow_redirects=False)
+        url = f"{self._settings.vpic_url}/vehicles/DecodeVINValuesBatch/"
         # The format is in the form, because vPIC answers in XML if it is only in the URL.
-        form = {"format": "json", "data": ";".join(questions)}
-        return self._session.post(f"{self._url}/vehicles/DecodeVINValuesBatch/", data=form, allow_redirects=False)
+        return self._session.post(url, data={"format": "json", "data": ";".join(questions)}, allow_redirects=False)
 
     @staticmethod
-    def _status_error(status: int, retry_after: str | None) -> VpicUnavailable:
+    def _status_error(status: int, retry_after: str) -> VpicUnavailable:
         wait = retry_after_seconds(retry_after) if status in (429, 503) else None
         refuses_all = status in (403, 429, 503)  # vPIC refuses, whichever VIN is asked
         failure = Failure(
@@ -3525,7 +3521,6 @@ PROGRESS_S = 60  # the log says so often how many lines of a batch were answered
 STEP_CHARACTERS = 2**16  # a thread reads so many, in some 1.2 ms, and then pauses
 LINE_COST = 31  # characters that are added for each line, because an empty line takes time too
 PAUSE_S = 1e-5  # not 0, because the thread would then go on before another thread wakes up
-POLL_S = 0.2  # while a file is read, the service checks so often whether the client has left
 
 ONE_VIN_A_LINE = "send one VIN a line; with curl use --data-binary, because -d removes the line ends"
 SEND_NO_FORM = "Send the file itself, not in a form: with curl --data-binary @fleet.csv, not -F"
@@ -3635,6 +3630,8 @@ VIN_RANKS: Ranks = (
     lambda name: VIN_NAME.fullmatch(letters(name)),
     lambda name: VIN_WORD.search(name) or "vehicleidentification" in letters(name),
 )
+# Where the column of the VINs is known, any word in it may be its name.
+NAME_RANKS: Ranks = (*VIN_RANKS, lambda name: letters(name) and not re.search(r"\d", name))
 YEAR_RANKS: Ranks = (lambda name: letters(name) == "modelyear", lambda name: letters(name) == "year")
 
 
@@ -3644,6 +3641,11 @@ def best_columns(names: Sequence[str], ranks: Ranks) -> tuple[int, list[int]]:
         if columns := [index for index, name in enumerate(names) if is_named(name)]:
             return rank, columns
     return len(ranks), []
+
+
+def count_names(values: Sequence[str]) -> int:
+    """How many of the values are not blank: a title has fewer than a row of names."""
+    return sum(1 for value in values if value.strip(EDGES))
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -3690,9 +3692,10 @@ class LayoutFinder:
         if re.fullmatch("[1-9][0-9]{0,4}", column):
             return self._layout_by_number(int(column) - 1)
         first = self.lines[0]
-        # One long line with a VIN and without a line end: curl -d has removed the line ends.
-        if len(self.lines) == 1 and first[-1] not in "\r\n" and len(first) > 30 and VIN_LIKE.search(first):
-            raise self._invalid(0, ONE_VIN_A_LINE)
+        # One long line with a VIN and more, and without a line end: curl -d has removed the line ends.
+        has_no_end = len(self.lines) == 1 and first[-1] not in "\r\n"
+        if has_no_end and len(first) > 30 and VIN_LIKE.search(first) and not is_list_line(first):
+            raise invalid_line(self._skipped + 1, ONE_VIN_A_LINE)
         if names := self._find_names(column):
             return self._layout(*names)
         # The file is a list if the first line with a VIN is a line of a list.
@@ -3723,9 +3726,8 @@ class LayoutFinder:
             for separator in self._separators:
                 values, after = self._row(line, separator)
                 rank, vins = best_columns(values, ranks)
-                count = sum(1 for name in values if name.strip(EDGES))  # a title has fewer
                 if vins and (rank < len(ranks) - 1 or column or self._has_vin_below(after, separator, vins)):
-                    found.append((rank, -count, (line, separator, vins)))
+                    found.append((rank, -count_names(values), (line, separator, vins)))
         # The best row has the lowest rank, then the most names.
         return min(found, key=lambda names: names[:2])[2] if found else None
 
@@ -3737,38 +3739,40 @@ class LayoutFinder:
         return is_last or any(is_vin(values[index]) for index in vins if index < len(values))
 
     def _layout_by_number(self, vin: int) -> Layout:
-        """The layout, if the column of the VINs has this index. If the row above the first VIN has a name in this
-        column, it is the row of the names; else the file has no names."""
+        """The layout, if the column of the VINs has this index. The names are in the best row above the first VIN that
+        has a name in this column, by the same order as in `_find_names`. Without one the file has no names."""
 
-        def read(separator: str) -> tuple[bool, int, str, list[str]]:
-            """Whether the column has a VIN, the number of columns, the separator, and the values of the column."""
+        def read(separator: str) -> tuple[bool, int, str, list[list[str]]]:
+            """Whether the column has a VIN, the number of columns, the separator, and the rows, one for each line."""
             rows = [self._row(index, separator)[0] for index in range(len(self.lines))]
-            cells = [row[vin] if vin < len(row) else "" for row in rows]
-            return any(map(is_vin, cells)), max(map(len, rows)), separator, cells
+            return any(is_vin(row[vin]) for row in rows if vin < len(row)), max(map(len, rows)), separator, rows
 
-        has_vin, width, separator, cells = max(map(read, self._separators), key=lambda found: found[:2])
+        has_vin, width, separator, rows = max(map(read, self._separators), key=lambda found: found[:2])
         if vin >= width:
             raise invalid("columns", ("query", "vin_column"), f"The first lines have {width} columns at most")
-        line = [*map(is_vin, cells)].index(True) - 1 if has_vin else 0
-        name = cells[line] if line >= 0 else ""
-        if best_columns([name], VIN_RANKS)[1] or (letters(name) and not re.search(r"\d", name)):
-            return self._layout(line, separator, [vin])
+        cells = [row[vin] if vin < len(row) else "" for row in rows]
+        found = []
+        for line in range([*map(is_vin, cells)].index(True) if has_vin else 1):
+            rank, is_name = best_columns([cells[line]], NAME_RANKS)
+            if is_name:
+                found.append((rank, -count_names(rows[line]), line))
+        if found:
+            return self._layout(min(found)[2], separator, [vin])
         numbers = separator.join(map(str, range(1, width + 1)))
         return Layout(separator, self._above, numbers, self._skipped, width, vin, None)
 
     def _layout(self, line: int, separator: str, vins: list[int]) -> Layout:
         """The layout with the names in this line. Raises a 422 if two columns are equally good, or a name has a NUL."""
         values, after = self._row(line, separator)
+        number = self._skipped + line + 1
         if any("\0" in name for name in values):
-            raise self._invalid(line, "a NUL in the name of a column; is the file in UTF-16?")
+            raise invalid_line(number, "a NUL in the name of a column; is the file in UTF-16?")
         _, years = best_columns(values, YEAR_RANKS)
-        if len(vins) > 1:
-            columns = quoted(values[index] for index in vins)
-            numbers = " or ".join(f"vin_column={index + 1}" for index in vins)
-            raise self._invalid(line, f"each of the columns {columns} may have the VINs; say which: {numbers}")
-        if len(years) > 1:
-            columns = quoted(values[index] for index in years)
-            raise self._invalid(line, f"each of the columns {columns} may have the model years; rename one")
+        choices = " or ".join(f"vin_column={index + 1}" for index in vins)
+        for found, what in ((vins, f"VINs; say which: {choices}"), (years, "model years; rename one")):
+            if len(found) > 1:
+                columns = quoted(values[index] for index in found)
+                raise invalid_line(number, f"each of the columns {columns} may have the {what}")
         return Layout(
             separator,
             self._above + "".join(self.lines[:line]),
@@ -3793,9 +3797,6 @@ class LayoutFinder:
         hint = "give the column of the VINs as vin_column=, by its name or by its number from 1"
         return invalid("columns", ("query", "vin_column") if column else ("body",), f"{fault}; {hint}")
 
-    def _invalid(self, line: int, fault: str) -> RequestValidationError:
-        return invalid_line(self._skipped + line + 1, fault)
-
 
 def invalid_line(number: int, fault: str) -> RequestValidationError:
     return invalid("line", ("body", number), f"Line {number:,}: {fault}")
@@ -3807,14 +3808,15 @@ class Fleet:
     If the file is closed while a thread reads it, the thread ends with a ValueError."""
 
     def __init__(self, file: BinaryIO, encoding: str, mime_type: str, vin_column: str = "") -> None:
-        # Whether the answer in CSV begins with a byte order mark: Excel reads a file without one as Windows-1252.
-        self.needs_mark = encoding != "utf-8"
-        self._encoding = encoding
+        self.encoding = encoding
         # A byte that can't be decoded becomes a lone surrogate, and `_lines` then names the line that has it.
         errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
         if mime_type != CSV:
-            self._refuse_json()
+            self._text.seek(0)
+            with suppress(UnicodeError):  # `_lines` reports it
+                if UNTYPED_JSON.match(self._text.read(100).lstrip(EDGES)):  # as a list it would have no line ends
+                    raise invalid("content_type", ("body",), SEND_JSON)
         self._left = STEP_CHARACTERS  # the characters until the next pause
         with upload_lock:
             finder = LayoutFinder(self._lines(ROW_CHARACTERS))
@@ -3888,7 +3890,7 @@ class Fleet:
                     line.encode()
             except UnicodeError:
                 self._number += 1
-                tried = "UTF-8, UTF-16 or Windows-1252" if self._encoding == "cp1252" else self._encoding.upper()
+                tried = "UTF-8, UTF-16 or Windows-1252" if self.encoding == "cp1252" else self.encoding.upper()
                 raise invalid_line(self._number, f"not text in {tried}") from None
             if not line:
                 return
@@ -3903,13 +3905,6 @@ class Fleet:
                 time.sleep(PAUSE_S)  # else this thread would take the lock again before another one wakes up
                 upload_lock.acquire()
             yield line
-
-    def _refuse_json(self) -> None:
-        """Raises a 422 for JSON that was sent without its type. Else it would be read as a list without line ends."""
-        self._text.seek(0)
-        with suppress(UnicodeError):  # `_lines` reports it
-            if UNTYPED_JSON.match(self._text.read(100).lstrip(EDGES)):
-                raise invalid("content_type", ("body",), SEND_JSON)
 
 
 VinColumn = Annotated[
@@ -3936,14 +3931,7 @@ async def receive_file(request: Request, vin_column: VinColumn = "") -> AsyncIte
             log.warning("upload failed: %s", error)
             cause = f"The file cannot be kept ({reason(error)}); send it again later."
             raise HTTPException(503, cause, retry_after_header(60)) from None
-        opening = asyncio.ensure_future(in_upload_thread(Fleet, file, encoding, mime_type, vin_column))
-        try:
-            while not (await asyncio.wait([opening], timeout=POLL_S))[0]:
-                if await request.is_disconnected():
-                    raise ClientDisconnect
-            yield opening.result()
-        finally:
-            opening.cancel()  # else asyncio would log an error of the thread that nobody waits for any longer
+        yield await while_connected(request, in_upload_thread(Fleet, file, encoding, mime_type, vin_column))
     except ClientDisconnect:
         raise HTTPException(499, "The client hung up") from None
     finally:
@@ -3995,7 +3983,7 @@ async def log_progress(lines: AsyncIterator[list[Line]], count: int, client: str
         yield some
         answered += len(some)
         if time.monotonic() >= next_at:
-            next_at += PROGRESS_S
+            next_at = time.monotonic() + PROGRESS_S
             log.info("batch of %s: %d of %d lines answered", client, answered, count)
 
 
@@ -4021,7 +4009,7 @@ async def as_csv(
     separator = layout.separator if layout else ","
     out = io.StringIO()
     writer = csv.writer(out, delimiter=separator)
-    if fleet and fleet.needs_mark:
+    if fleet and fleet.encoding != "utf-8":  # a byte order mark: Excel reads a file without one as Windows-1252
         out.write("\ufeff")
     if layout:
         out.write(re.sub(r"\r\n?|\n", "\r\n", layout.above))  # with the line ends of the answer
@@ -4120,14 +4108,12 @@ def serve_exports() -> None:
 
 # The process runs in a fresh interpreter, because to load the service too would take 35 MB and half a second. The
 # source is read at the start, because the file may be replaced while the service runs.
-EXPORT_PROGRAM = "\n".join(
-    (
-        "import errno, json, os, signal, sys",
-        "from typing import Any",
-        *(inspect.getsource(part) for part in (write_export, serve_exports)),
-        "serve_exports()",
-    )
-)
+EXPORT_PROGRAM = f"""
+import errno, json, os, signal, sys
+from typing import Any
+{inspect.getsource(write_export)}{inspect.getsource(serve_exports)}
+serve_exports()
+"""
 
 
 class ExportKind(NamedTuple):
@@ -4212,11 +4198,7 @@ class Exporter:
         while True:
             await asyncio.sleep(1)
             end = time.monotonic() - SNAPSHOT_KEPT_S
-            self._kept = [
-                snapshot
-                for snapshot in self._kept
-                if snapshot.readers or not snapshot.ready.done() or snapshot.used > end
-            ]
+            self._kept = [kept for kept in self._kept if kept.readers or not kept.ready.done() or kept.used > end]
 
     def find(self, kind: ExportKind, client: str, headers: Headers) -> Snapshot | None:
         """The snapshot for a request that is no plain GET; None for a new one. Raises a 412 if If-Match names none."""
@@ -4282,14 +4264,7 @@ class Exporter:
                 export_duration.record(time.perf_counter() - started, {"outcome": outcome})
 
     async def _write(self, snapshot: Snapshot) -> None:
-        """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
-        file can't be written, and OSError (TimeoutError is one), EOFError, NotImplementedError or ValueError without an
-        answer."""
-        if self._process is None or self._process.returncode is not None:
-            pipe = asyncio.subprocess.PIPE
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", EXPORT_PROGRAM, stdin=pipe, stdout=pipe, stderr=pipe
-            )
+        """Make the file, and have it written. Raises what `_carry_out` raises."""
         taken_up = sum(os.stat(other.path).st_size for other in self._files if other.close.alive)
         snapshot.open(self._folder)
         self._files.add(snapshot)
@@ -4310,34 +4285,37 @@ class Exporter:
                     "vincache.snapshot": utc(snapshot.taken),
                 },
             }
-            code, sentence = await self._carry_out(self._process, order)
-            if code:
-                raise OSError(code, sentence)
-            if sentence:
-                raise StoreFault(sentence)
+            await self._carry_out(order)
 
-    @staticmethod
-    async def _carry_out(process: asyncio.subprocess.Process, order: dict[str, Any]) -> tuple[int, str]:
-        """The answer of the exporting process."""
-        cast(asyncio.StreamWriter, process.stdin).write(f"{json.dumps(order)}\n".encode())
+    async def _carry_out(self, order: dict[str, Any]) -> None:
+        """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
+        file can't be written, and OSError (TimeoutError is one), EOFError, NotImplementedError or ValueError without an
+        answer."""
+        if self._process is None or self._process.returncode is not None:
+            pipe = asyncio.subprocess.PIPE
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", EXPORT_PROGRAM, stdin=pipe, stdout=pipe, stderr=pipe
+            )
+        cast(asyncio.StreamWriter, self._process.stdin).write(f"{json.dumps(order)}\n".encode())
         line = b"\n"
         while line == b"\n":  # a batch was written
             async with asyncio.timeout(EXPORT_TIMEOUT_S):
-                line = await cast(asyncio.StreamReader, process.stdout).readuntil()
+                line = await cast(asyncio.StreamReader, self._process.stdout).readuntil()
         code, sentence = json.loads(line)
-        return code, sentence
+        if code:
+            raise OSError(code, sentence)
+        if sentence:
+            raise StoreFault(sentence)
 
     async def _stop_process(self) -> None:
         process, self._process = self._process, None
         if process is not None:
+            with suppress(ProcessLookupError):
+                process.kill()
             with suppress(TimeoutError):  # the process hangs in the kernel, on a dead disk
-                async with asyncio.timeout(5):
-                    with suppress(ProcessLookupError):
-                        process.kill()
-                    await process.wait()
-                    # The traceback of a process that died, as one line of our log.
-                    if traceback := await cast(asyncio.StreamReader, process.stderr).read():
-                        log.warning("exporting process: %s", traceback.decode(errors="replace").rstrip())
+                _, traceback = await asyncio.wait_for(process.communicate(), 5)
+                if traceback:  # of a process that died; it becomes one line of our log
+                    log.warning("exporting process: %s", traceback.decode(errors="replace").rstrip())
 
 
 # ======================================================================================================================
@@ -4786,26 +4764,13 @@ def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
 
 async def answer_lookup(request: Request, question: Question, details: bool) -> Response:
     """The response of a lookup. If the client hangs up first, the lookup ends."""
-
-    async def hang_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
     patience, applied = read_patience(request)
-    looking = asyncio.create_task(request.state.lookups.lookup(question, details, patience))
-    leaving = asyncio.create_task(hang_up())
-    try:
-        await asyncio.wait([looking, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not looking.done():
-            return Response(status_code=499)
-        status, headers, body = render_answer(looking.result(), request.scope)
-        response = Response(body, status)
-        response.raw_headers = headers
-        response.headers.update(applied)
-        return response
-    finally:
-        looking.cancel()
-        leaving.cancel()
+    looking = request.state.lookups.lookup(question, details, patience)
+    status, headers, body = render_answer(await while_connected(request, looking), request.scope)
+    response = Response(body, status)
+    response.raw_headers = headers
+    response.headers.update(applied)
+    return response
 
 
 class SnapshotResponse(FileResponse):

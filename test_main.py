@@ -3583,7 +3583,6 @@ async def test_retry_after_is_waited_for(
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [
-        (None, None),
         ("", None),
         ("120", 120),
         (" 7 ", 7),
@@ -3600,7 +3599,7 @@ async def test_retry_after_is_waited_for(
         ("Sun, 06 Nov 1994 08:49:37 +99999999999999999999", None),
     ],
 )
-def test_retry_after_is_seconds_or_a_date(header: str | None, seconds: int | None) -> None:
+def test_retry_after_is_seconds_or_a_date(header: str, seconds: int | None) -> None:
     """What can be read is never negative; what can't be read is as good as none."""
     assert main.retry_after_seconds(header) == seconds
 
@@ -3713,6 +3712,36 @@ def test_one_vin_asked_with_many_years_does_not_open_the_breaker() -> None:
             with suppress(main.VpicUnavailable), breaker.watch_call([main.make_question(vin, str(year))]):
                 raise main.VpicUnavailable(main.TOO_LATE)
         assert breaker.closed is not opens
+
+
+def test_calls_from_before_end_while_the_breaker_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is answered closes the breaker, whatever becomes of the probe. One that fails lets it be open for its
+    whole time from now, also if its VIN explains the failures before."""
+    passed, (a, b, c, d) = 1000.0, trucks(4)
+    monkeypatch.setattr(main, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: passed}))
+    breaker = main.Breaker(failures=3, seconds=30)
+
+    def begin(*vins: str) -> Any:
+        call = breaker.watch_call(vins)
+        call.__enter__()
+        return call
+
+    def fail(call: Any) -> None:
+        error = main.VpicUnavailable(main.TOO_LATE)
+        assert not call.__exit__(type(error), error, None)
+
+    answered, failing = begin(a), begin(a)
+    for other in (b, c, d):
+        fail(begin(a, other))
+    passed += 20
+    assert breaker.refusal().retry_after == 10
+    fail(failing)
+    assert breaker.refusal().retry_after == 30
+    passed += 31
+    probe = begin(b)
+    answered.__exit__(None, None, None)
+    fail(probe)
+    assert breaker.closed
 
 
 async def test_what_no_vin_can_be_the_cause_of_opens_the_breaker(start: Start, vpic: PlayedVpic) -> None:
@@ -6775,6 +6804,14 @@ COLUMNS = {
     "a number for a better name": (TWO_VINS.replace("Tractor VIN", "VIN"), "3", [HONDA, ""]),
     "a name without the word": (TWO_VINS.replace("Tractor VIN", "Chassis"), "Chassis", [TRUCK, FIRE_ENGINE]),
     "two of one name": (TWO_VINS.replace("Tractor", "Trailer"), "1", [TRUCK, FIRE_ENGINE]),
+    "a row without this VIN first": (TWO_VINS.replace(HONDA, "") + f"{TRUCK};9;{HONDA}\r\n", "3", ["", "", HONDA]),
+    "a word in place of the first VIN": (TWO_VINS.replace(TRUCK, "none"), "1", ["none", FIRE_ENGINE]),
+    "a word in its place, no known name": (
+        TWO_VINS.replace(TRUCK, "none").replace("Tractor VIN", "Tractor"),
+        "1",
+        ["none", FIRE_ENGINE],
+    ),
+    "a blank line below the names": (TWO_VINS.replace(f"\r\n{TRUCK}", f"\r\n;;\r\n{TRUCK}"), "3", ["", HONDA, ""]),
     "below a title": (f"Report 2026\r\n\r\n{TWO_VINS}", "3", [HONDA, ""]),
     "behind Excel's line": (f"sep=;\r\n{TWO_VINS}", "3", [HONDA, ""]),
     "a VIN": (NAMELESS.replace(TRUCK, FIRE_ENGINE), TRUCK, "No column has the name that vin_column gives; give the "),
@@ -7021,6 +7058,12 @@ async def test_a_file_that_cannot_be_read_is_422_with_its_line(
     assert body["detail"][0]["msg"].startswith(told)
     assert TRUCK not in json.dumps(body)
     assert (service.vpic.calls, logged(caplog)) == ([], [])
+
+
+async def test_a_padded_vin_without_a_line_end_is_a_list(service: Service) -> None:
+    """It is no list whose line ends are gone."""
+    status, body, _ = await upload(service, TRUCK.encode() + b" " * 20)
+    assert (status, [json.loads(line)["vin"] for line in body.splitlines()]) == (200, [TRUCK])
 
 
 async def test_excels_line_alone_is_a_line_like_others(service: Service) -> None:
