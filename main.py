@@ -407,7 +407,7 @@ def last_model_year() -> int:
 
 
 # A model year that is not given, as spreadsheets, databases and pandas write it.
-NO_YEAR = r"-|-?0+(\.0+)?|#?[Nn]/?[Aa]|[Nn][Aa][Nn]|[Nn][Uu][Ll][Ll]|[Nn][Oo][Nn][Ee]"
+NO_YEAR = r"-|-?0+(\.0+)?|#?[Nn]/?[Aa]|<NA>|[Nn][Aa][Nn]|[Nn][Uu][Ll][Ll]|[Nn][Oo][Nn][Ee]"
 YEAR = re.compile(rf"({NO_YEAR})?|(?P<year>[0-9]{{4}})(\.0+)?")
 
 
@@ -782,10 +782,6 @@ def retry_after_header(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
-class CacheUnavailable(HTTPException):
-    """The cache can't be written."""
-
-
 class Failure(NamedTuple):
     """A reason why vPIC gives no answer."""
 
@@ -976,28 +972,18 @@ def in_parts(items: Sequence[Result], most: int) -> Iterator[Sequence[Result]]:
 
 class Outage:
     """The state of a thing that many callers use and that may fail for a while. The log says once that it fails, and
-    once that it works again. While it fails, one caller every `rest_s` seconds may try it."""
+    once that it works again."""
 
-    def __init__(self, begins: str, ends: str, rest_s: float = 0) -> None:
+    def __init__(self, begins: str, ends: str) -> None:
         self._begins = begins  # a line for the log, with %s for the reason
         self._ends = ends  # a line for the log
-        self._rest_s = rest_s  # seconds from a failure to the next try
         self.reason = ""  # why the thing fails; empty: it works
-        self._try_at = 0.0  # while the thing fails: when the next caller may try it (monotonic)
-
-    def may_try(self) -> bool:
-        """Whether the caller may use the thing. If it fails, only one caller may, who reports by `begin` or `end`."""
-        if self.reason:
-            if time.monotonic() < self._try_at:
-                return False
-            self._try_at = time.monotonic() + self._rest_s
-        return True
 
     def begin(self, reason: str) -> None:
         """The thing failed."""
         if not self.reason:
             log.warning(self._begins, reason)
-        self.reason, self._try_at = reason, time.monotonic() + self._rest_s
+        self.reason = reason
 
     def end(self) -> None:
         """The thing worked."""
@@ -1126,8 +1112,8 @@ class Rates:
         self._outage = Outage(
             "VINCACHE_RATE_STORAGE fails (%s): clients are not counted, vPIC's calls by each for itself",
             "VINCACHE_RATE_STORAGE answers again",
-            STORAGE_REST_S,
         )
+        self._try_at = 0.0  # while the storage fails: when it is tried next (monotonic)
         self._storage: Storage | None = None  # None: this process counts for itself
         if url != "async+memory://":
             try:
@@ -1176,8 +1162,9 @@ class Rates:
 
     async def _shared(self, work: Callable[[Storage], Awaitable[Result]]) -> Result | None:
         """The result of the work with the storage; None if there is none, or while it fails."""
-        if self._storage is None or not self._outage.may_try():
+        if self._storage is None or (self._outage.reason and time.monotonic() < self._try_at):
             return None
+        self._try_at = time.monotonic() + STORAGE_REST_S  # while it fails, one caller tries it at a time
         try:
             async with asyncio.timeout(STORAGE_TIMEOUT_S):
                 result = await work(self._storage)
@@ -1185,6 +1172,7 @@ class Rates:
             raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
         except Exception as error:  # noqa: BLE001 - redis may raise anything, and requests are answered all the same
             self._outage.begin(str(error) or "no answer")
+            self._try_at = time.monotonic() + STORAGE_REST_S
             return None
         self._outage.end()
         return result
@@ -1910,14 +1898,15 @@ class ClusterStore(Store):
     async def _open(self, seconds: float) -> None:
         """Make the cluster's database ours, if it is empty or an older one. Raises StoreFault, and StartupError."""
         for last in (False, True):
-            [[(application, version, objects)]], _ = await self._ask("query?level=weak", [[DATABASE_STATE]], seconds)
+            [[state]], _ = await self._ask("query?level=weak", [(DATABASE_STATE, ())], seconds)
+            application, version, objects = state
             script = GUARD % version + upgrade(self._hosts, application, version, objects)
             if application == APPLICATION_ID and version < SCHEMA_VERSION:
                 seconds = CLUSTER_MIGRATION_S
             try:
                 # rqlite takes a script as one statement. It must not have random() or the time of day in it, because
                 # rqlite rewrites a statement that has.
-                await self._ask("execute?transaction", [[script]], seconds)
+                await self._ask("execute?transaction", [(script, ())], seconds)
                 log_upgrade(self._hosts, application, version)
                 break
             except StoreFault as fault:
@@ -2006,25 +1995,26 @@ class ClusterStore(Store):
                 log.warning("the user of the cluster lacks the right %s: %s", right, consequence)
 
     async def read(self, statement: str, parameters: Parameters) -> Rows:
-        [rows], _ = await self._ask_if_open("query?level=weak", as_json_lists([(statement, parameters)]))
+        [rows], _ = await self._ask_if_open("query?level=weak", [(statement, parameters)])
         return rows
 
     async def _write(self, statements: Sequence[Statement], settle: bool) -> Rows:
-        given = as_json_lists(statements)
-        [*_, rows], again = await self._ask_if_open("execute?transaction", given)
+        [*_, rows], again = await self._ask_if_open("execute?transaction", statements)
         if settle:
-            await self._ask_if_open("query?level=strong", [[CLOCK]])
+            await self._ask_if_open("query?level=strong", [(CLOCK, ())])
         if again and not rows and "RETURNING" in statements[-1][0]:
             raise StoreFault("it may have been done before")
         return rows
 
-    async def _ask_if_open(self, path: str, given: list[list[Any]]) -> tuple[list[Rows], bool]:
+    async def _ask_if_open(self, path: str, statements: Sequence[Statement]) -> tuple[list[Rows], bool]:
         if self._fault:
             raise StoreFault(self._fault)
-        return await self._ask(path, given, CLUSTER_TIMEOUT_S)
+        return await self._ask(path, statements, CLUSTER_TIMEOUT_S)
 
-    async def _ask(self, path: str, given: list[list[Any]], seconds: float) -> tuple[list[Rows], bool]:
+    async def _ask(self, path: str, statements: Sequence[Statement], seconds: float) -> tuple[list[Rows], bool]:
         """The rows of each statement, and whether they may have been carried out before. Raises StoreFault."""
+        # rqlite takes parameters by name as one object, and those by position one by one.
+        given = [[sql, values] if isinstance(values, dict) else [sql, *values] for sql, values in statements]
         loop, body = asyncio.get_running_loop(), json.dumps(given).encode()
         attempt = seconds if seconds > CLUSTER_TIMEOUT_S else CLUSTER_ATTEMPT_S
         deadline, again, reasons = loop.time() + seconds, False, dict[str, None]()
@@ -2083,7 +2073,7 @@ class ClusterStore(Store):
     async def open_copy(self) -> AsyncIterator[str]:
         """The URI of the leader's backup, in a temporary folder. Raises StoreFault, and OSError of our own disk."""
         # This read passes by a node that hangs, and after it the leader has carried out all that was written before.
-        await self._ask_if_open("query?level=strong", [[DATABASE_STATE]])
+        await self._ask_if_open("query?level=strong", [(DATABASE_STATE, ())])
         with tempfile.TemporaryDirectory(prefix="vincache-", ignore_cleanup_errors=True) as folder:
             backup = Path(folder, "backup.db")
             await self._back_up(backup)
@@ -2110,14 +2100,6 @@ class ClusterStore(Store):
                 raise StoreFault(why)
 
 
-def as_json_lists(statements: Iterable[Statement]) -> list[list[Any]]:
-    """The statements in rqlite's form."""
-    return [
-        [statement, parameters] if isinstance(parameters, dict) else [statement, *parameters]
-        for statement, parameters in statements
-    ]
-
-
 def open_store(settings: Settings) -> FileStore | ClusterStore:
     cluster = find_cluster(settings.database)
     return ClusterStore(*cluster) if cluster else FileStore(Path(settings.database), settings.busy_timeout)
@@ -2125,7 +2107,7 @@ def open_store(settings: Settings) -> FileStore | ClusterStore:
 
 # ======================================================================================================================
 # Cache: one method for each use of the statements. A read that fails returns no rows. A write that fails raises
-# CacheUnavailable.
+# StoreFault inside this room; only a removal tells the caller, by a 503.
 # ======================================================================================================================
 
 CANNOT_WRITE = "The cache cannot be written at the moment; ask again later."
@@ -2164,12 +2146,8 @@ class Cache:
             return []
 
     async def _write(self, *statements: Statement, settle: bool = False) -> Rows:
-        try:
-            return await self._wait_for(
-                self._store.write(*statements, settle=settle), WRITE_TIMEOUT_S, self._write_outage
-            )
-        except StoreFault as fault:
-            raise CacheUnavailable(503, CANNOT_WRITE, retry_after_header(5)) from fault
+        rows = self._store.write(*statements, settle=settle)
+        return await self._wait_for(rows, WRITE_TIMEOUT_S, self._write_outage)
 
     async def _wait_for(self, rows: Awaitable[Rows], seconds: float, outage: Outage) -> Rows:
         """The rows. The duration goes to the metrics, an outage to the log. Raises StoreFault, also after `seconds`."""
@@ -2251,7 +2229,7 @@ class Cache:
         keep = self._settings.attributes
         rows = [(*record[:-1], record.attributes if keep else None, removal) for record, removal in records]
         if rows:
-            with suppress(CacheUnavailable):  # `_write` has logged it
+            with suppress(StoreFault):  # `_wait_for` has logged it
                 await self._write(*((store_sql(len(part)), [*chain(*part)]) for part in in_parts(rows, ROWS_MOST)))
 
     async def count_unconfirmed(self) -> None:
@@ -2281,19 +2259,22 @@ class Cache:
         return claimed
 
     async def _claim(self, statement: str, parameters: dict[str, Any], until: float) -> list[Question]:
-        rows: Rows = []
-        with suppress(CacheUnavailable):
+        with suppress(StoreFault):
             rows = await self._write((statement, parameters | {"until": math.ceil(until)}))
-        return [make_question(vin, model_year) for vin, model_year in rows]
+            return [make_question(vin, model_year) for vin, model_year in rows]
+        return []
 
     async def remove(self, vin: str) -> bool:
         """Remove the rows of a VIN, and prevent calls under way from storing one. Returns whether there was a row.
 
-        Raises CacheUnavailable. A file has then not changed; in a cluster the rows may have been removed."""
+        Raises a 503. A file has then not changed; in a cluster the rows may have been removed."""
         # One transaction, because a lookup that reads between the two statements would find the new removal and the old
         # row, and take the row for one that was stored after the removal.
         now = await self._clock() or int(time.time())
-        return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,)), settle=True))
+        try:
+            return bool(await self._write((REMOVAL, (vin, now * 10**9)), (REMOVE, (vin,)), settle=True))
+        except StoreFault as fault:
+            raise HTTPException(503, CANNOT_WRITE, retry_after_header(5)) from fault
 
     async def removal(self, question: Question) -> int | None:
         """The last removal of the question's VIN, or None."""
@@ -2305,7 +2286,7 @@ class Cache:
         process that has the lease does so for all that share the cache."""
         period = math.ceil(min(3600, self._settings.keep_expired / 10))
         while True:
-            with suppress(CacheUnavailable):
+            with suppress(StoreFault):
                 clock = await self._clock()
                 if clock and await self._write((LEASE_SWEEP, (clock + period, clock + 1))):
                     await self._sweep_once(clock, period)
@@ -2355,7 +2336,7 @@ class Cache:
         It is checked once a second at most."""
         async with self._checking:
             if time.monotonic() > self._checked_at + 1:
-                with suppress(CacheUnavailable):  # write first: a write notices if the file was moved or deleted
+                with suppress(StoreFault):  # write first: a write notices if the file was moved or deleted
                     await self._write((PROBE, ()))
                 await self._read(REMOVED_AT, ("",))
                 self._checked_at = time.monotonic()
@@ -2811,7 +2792,7 @@ class Ticket:
         self.state = TicketState.WAITING
         self.waiters: dict[Waiter, None] = {}  # in the order in which they joined
         self.removal: int | None = None  # the last removal of the VIN, as it was read just before the call
-        self.removal_read = asyncio.Event()  # set when `removal` is read, or the call is over
+        self.removal_read = asyncio.Event()  # set when `removal` is read, or the call is over; never without a call
         self.found: Found | None = None  # vPIC's answer, while it is being stored
         # What a ticket takes over from the one before, of which the call failed:
         self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
@@ -2903,10 +2884,6 @@ class Scheduler:
         waiter.ticket.waiters.pop(waiter, None)
         if not any(other.queue is waiter.queue for other in waiter.ticket.waiters):
             waiter.queue.discard(waiter.ticket)
-
-    def waiters(self, queues: Iterable[Queue]) -> list[Waiter]:
-        """The waiters that wait in these queues."""
-        return [waiter for queue in queues for ticket in queue for waiter in ticket.waiters if waiter.queue is queue]
 
     def take_calls(self, most: int) -> Iterator[Call]:
         """The next calls, each with up to `most` tickets. A call has a place until `free` is called."""
@@ -3093,8 +3070,9 @@ class Lookups:
 
     def _end(self, ticket: Ticket, reply: Reply | None = None) -> None:
         """End a ticket. Its waiters get this reply, if there is one."""
+        if ticket.state is TicketState.CALLED:
+            ticket.removal_read.set()
         ticket.state = TicketState.DONE
-        ticket.removal_read.set()
         if self._tickets.get(ticket.question) is ticket:
             del self._tickets[ticket.question]
         if reply is not None:
@@ -3167,8 +3145,8 @@ class Lookups:
         """While vPIC is not called, answer lookups without it, and batches too if vPIC is given up. Refreshes leave
         their queue, and their rows are claimed, so that they are not tried again at once."""
         scheduler = self._scheduler
-        queues = [scheduler.lookups, scheduler.refreshes]
-        refused = scheduler.waiters([*queues, *scheduler.batches] if self.vpic.is_given_up() else queues)
+        queues = [scheduler.lookups, scheduler.refreshes, *(scheduler.batches if self.vpic.is_given_up() else [])]
+        refused = [waiter for queue in queues for ticket in queue for waiter in ticket.waiters if waiter.queue is queue]
         for waiter in refused:
             self._leave(waiter)
         if refused := [waiter for waiter in refused if not waiter.reply.done()]:
@@ -3342,6 +3320,8 @@ class Lookups:
             seconds = WITHOUT_VPIC_S * 0.4 if is_final and error is None else None
             detailed = {waiter.ticket.question: waiter.ticket.details for waiter in waiters}
             records, removals = await self._cache.records([*detailed], seconds)
+            # If the VIN was removed since its call began, the answer is not stored, as vPIC's would not be.
+            removals |= {w.ticket.question: w.ticket.removal for w in waiters if w.ticket.removal_read.is_set()}
             found = await self._find_without_vpic(detailed, records, life)
             with suppress(TimeoutError):  # the statement goes on
                 async with asyncio.timeout(seconds):
@@ -3529,7 +3509,8 @@ FIRST_LINES = 20  # the names of the columns are looked for in so many lines of 
 FIRST_CHARACTERS = 2**15  # and in fewer lines if these have more characters than this
 
 SEPARATOR_LINE = re.compile(r"sep=(\t|[^\w\s\"])[\r\n]*")  # Excel's own, before the names
-VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]*\d){3})(?=\d*[A-Za-z])[0-9A-Za-z]{17}")  # neither a word nor only digits
+# Neither a word nor only digits. The counts have an end, because a search of one long word would else take seconds.
+VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]{0,14}\d){3})(?=\d{0,16}[A-Za-z])[0-9A-Za-z]{17}")
 HAS_VIN = re.compile(rf"(?<![^\W_]){VIN_LIKE.pattern}(?![^\W_])")  # it is no part of a longer word
 
 # The encoding of a file by its first bytes. UTF-32 stands before UTF-16, because its mark begins with that of UTF-16.
@@ -4326,7 +4307,7 @@ class Exporter:
 Tag = Literal["lookup", "cache", "export", "metrics", "health", "docs"]  # what a route is about
 OPEN_TAGS: set[Tag] = {"health", "docs"}  # routes with any other tag need the key, if one is set
 
-BODY_BYTES = 2**22  # of a POST: room for 100,000 VINs with white space
+BODY_BYTES = 2**23  # of a POST: room for 100,000 VINs with their model years and white space
 
 KEY_HEADER = "X-API-Key"
 NO_KEY = f"This needs a valid key: in {KEY_HEADER}, as a Bearer token, or as the password of Basic authorization."
@@ -4595,7 +4576,7 @@ def choose_route(here: list[TaggedRoute], scope: Scope) -> TaggedRoute:
 
 CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
-    "allow_headers": [KEY_HEADER, "Authorization", "If-None-Match", "Prefer", "Range"],
+    "allow_headers": [KEY_HEADER, "Authorization", "If-Match", "If-None-Match", "If-Range", "Prefer", "Range"],
     "expose_headers": [
         "Age, Content-Disposition, Content-Range, ETag, Preference-Applied, Retry-After, X-Cache, X-Total-Count"
     ],
@@ -4762,17 +4743,6 @@ def read_patience(request: Request) -> tuple[float | None, dict[str, str]]:
     return settings.patience, {}
 
 
-async def answer_lookup(request: Request, question: Question, details: bool) -> Response:
-    """The response of a lookup. If the client hangs up first, the lookup ends."""
-    patience, applied = read_patience(request)
-    looking = request.state.lookups.lookup(question, details, patience)
-    status, headers, body = render_answer(await while_connected(request, looking), request.scope)
-    response = Response(body, status)
-    response.raw_headers = headers
-    response.headers.update(applied)
-    return response
-
-
 class SnapshotResponse(FileResponse):
     """The response with a snapshot, or with the part of it that the request asks for."""
 
@@ -4813,13 +4783,19 @@ LOOKUP_EXAMPLE = {"requestBody": {"content": {JSON: {"example": {"vin": EXAMPLE}
 @app.get("/lookup", responses=LOOKUP_ERRORS | UNCHANGED, **LOOKUP_ROUTE)
 async def lookup(vin: Vin, request: Request, model_year: ModelYear = "", details: Details = False) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return await answer_lookup(request, make_question(vin, model_year), details)
+    patience, applied = read_patience(request)
+    looking = request.state.lookups.lookup(make_question(vin, model_year), details, patience)
+    status, headers, body = render_answer(await while_connected(request, looking), request.scope)
+    response = Response(body, status)
+    response.raw_headers = headers
+    response.headers.update(applied)
+    return response
 
 
 @app.post("/lookup", responses=LOOKUP_ERRORS | errors(400, 413, 415), openapi_extra=LOOKUP_EXAMPLE, **LOOKUP_ROUTE)
 async def lookup_post(body: LookupBody, request: Request) -> Response:
     """Decode a VIN: from the cache, else from vPIC, whose answer is then cached."""
-    return await answer_lookup(request, make_question(body.vin, body.model_year), body.details)
+    return await lookup(body.vin, request, body.model_year, body.details)
 
 
 def accepted_type(accept: str, answer_type: str) -> str:
