@@ -18,7 +18,7 @@ The rooms, in their order; each uses only those above it:
   Models      what comes in and what goes out            Lookups     tickets, the scheduler, batches
   Errors      failures, and the one renderer             Fleet       files of VINs, and answers as CSV
   Telemetry   the log and the metrics that are ours      Export      the table as Parquet; pandas is used only here
-  Shared      an outage, a task that outlives its caller Access      the key and the clients' limits
+  Shared      an outage, work with or without its caller Access      the key and the clients' limits
   Rates       clients and calls, counted                 Lifespan    what is opened and closed
   Statements  all SQL but transactions and pragmas       Middleware  what happens before FastAPI
   Stores      what executes it: a file or a cluster      Routes      handlers and the OpenAPI schema
@@ -167,7 +167,7 @@ def check_url(url: str) -> str:
         is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         if not url or (is_http and not re.search(r"[\s?#]", url)):
             return url.rstrip("/")
-    raise ValueError("not an http or https URL without blanks, query and fragment (empty means: offline only)")
+    raise ValueError("not an http or https URL, or with blanks, a query or a bad port (empty means: offline only)")
 
 
 def check_origins(origins: str) -> str:
@@ -359,7 +359,7 @@ def read_settings() -> Settings:
 
 # The characters that spreadsheets, telematics and copying leave around a value: all of Unicode's controls (Cc), formats
 # (Cf), which are invisible, and blanks (Zs). They are listed here, because a search for them would slow the start. The
-# first two ranges are the controls.
+# first two ranges are the controls, which can't be in a path.
 EDGE_RANGES = (
     "0-1f 7f-9f 20 a0 ad 600-605 61c 6dd 70f 890-891 8e2 1680 180e 2000-200f 202a-202f 205f-2064 2066-206f 3000 feff"
     " fff9-fffb 110bd 110cd 13430-1343f 1bca0-1bca3 1d173-1d17a e0001 e0020-e007f"
@@ -428,8 +428,8 @@ EXAMPLE_ITEMS = [EXAMPLE, {"vin": "4ENGAAA85R1000007", "model_year": "1994"}]  #
 
 
 def wrapped_pattern(value: str, ends: Sequence[tuple[str, str]] = EDGE_ENDS) -> str:
-    """The pattern, for the schema, of a value with any of the edge characters around it. Those beyond U+FFFF are left
-    out, because some languages have no patterns for them."""
+    """The pattern, for the schema, of a value with any characters of these ranges around it. Those beyond U+FFFF are
+    left out, because some languages have no patterns for them."""
     edge = "".join(f"\\u{first:0>4}-\\u{last:0>4}" for first, last in ends if len(last) <= 4)
     return f"^[{edge}]*({value})[{edge}]*$"
 
@@ -993,7 +993,8 @@ class Outage:
 
 
 class Tasks:
-    """Work that goes on when the caller that waits for it leaves."""
+    """Work that goes on when its caller leaves. A caller waits for it by `asyncio.shield`, because the work would else
+    be cancelled with the caller."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()  # those that are not done
@@ -1047,7 +1048,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
             raise HTTPException(499, "The client hung up")
         return working.result()
     finally:
-        working.cancel()  # else asyncio would log an error of the work that nobody waits for any longer
+        # This ends a lookup. A thread goes on, but asyncio does not log its error, for which nobody waits any longer.
+        working.cancel()
         leaving.cancel()
 
 
@@ -1161,14 +1163,15 @@ class Rates:
         return self._vpic_window.take() if wait is None else wait
 
     async def _shared(self, work: Callable[[Storage], Awaitable[Result]]) -> Result | None:
-        """The result of the work with the storage; None if there is none, or while it fails."""
+        """The result of the work with the storage; None if there is none, or while it fails. Raises StartupError if the
+        URL has an option that redis does not know."""
         if self._storage is None or (self._outage.reason and time.monotonic() < self._try_at):
             return None
         self._try_at = time.monotonic() + STORAGE_REST_S  # while it fails, one caller tries it at a time
         try:
             async with asyncio.timeout(STORAGE_TIMEOUT_S):
                 result = await work(self._storage)
-        except TypeError as error:  # the URL has an option that redis does not know: `check_storage` meets it first
+        except TypeError as error:  # `check_storage` is the first to raise it
             raise StartupError(f"bad settings: VINCACHE_RATE_STORAGE: {mask(str(error))}") from None
         except Exception as error:  # noqa: BLE001 - redis may raise anything, and requests are answered all the same
             self._outage.begin(str(error) or "no answer")
@@ -1425,8 +1428,9 @@ class Store(Protocol):
         """As `write`, but it is cancelled with its caller."""
 
     def open_copy(self) -> AbstractAsyncContextManager[str]:
-        """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault. If the
-        body raises one because SQLite finds damage, a file is replaced; of a cluster only the copy is damaged."""
+        """The URI of a database with all writes before, for another process and its SQLite. Raises StoreFault, and
+        OSError if our disk can't keep a copy. If the body raises a StoreFault because SQLite finds damage, a file is
+        replaced; of a cluster only the copy is damaged."""
 
 
 def upgrade(name: str, application: int, version: int, objects: int) -> str:
@@ -1759,7 +1763,7 @@ class FileStore(Store):
         What was written is settled."""
         deadline = asyncio.get_running_loop().time() + self._busy_timeout
         async with self._writing:
-            while True:  # again if another task replaces the file meanwhile
+            while True:  # again if the file was replaced meanwhile, by this task or another one
                 file = await self._current()
                 left = deadline - asyncio.get_running_loop().time()
                 if left <= 0:
@@ -1904,8 +1908,8 @@ class ClusterStore(Store):
             if application == APPLICATION_ID and version < SCHEMA_VERSION:
                 seconds = CLUSTER_MIGRATION_S
             try:
-                # rqlite takes a script as one statement. It must not have random() or the time of day in it, because
-                # rqlite rewrites a statement that has.
+                # rqlite takes a script as one statement. The script must not have random() or the time of day in it,
+                # because rqlite would rewrite it, and it rewrites only single statements.
                 await self._ask("execute?transaction", [(script, ())], seconds)
                 log_upgrade(self._hosts, application, version)
                 break
@@ -2215,8 +2219,8 @@ class Cache:
     async def records(
         self, questions: Sequence[Question], seconds: float | None = None
     ) -> tuple[dict[Question, Record], dict[Question, int | None]]:
-        """The rows of these questions, fresh or not; and for each question the last removal of its VIN, or None. They
-        are empty if the store does not answer within so many seconds."""
+        """The rows of these questions, fresh or not; and for each question the last removal of its VIN, or None. Both
+        are empty if the store fails, or does not answer within so many seconds."""
         rows: Rows = []
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -2224,8 +2228,9 @@ class Cache:
         return {row[0]: Record._make(row[2:]) for row in rows if row[2]}, {row[0]: row[1] for row in rows}
 
     async def store(self, records: Iterable[tuple[Record, int | None]]) -> None:
-        """Store the records, each with the removal of its VIN that was read before vPIC was asked. If the store fails,
-        they are not cached. Waits for locks up to `busy_timeout`, or for a cluster up to CLUSTER_TIMEOUT_S."""
+        """Store the records, each with the removal of its VIN that was read before vPIC was asked; their attributes
+        only if the settings say so. If the store fails, they are not cached. Waits for locks up to `busy_timeout`, or
+        for a cluster up to CLUSTER_TIMEOUT_S."""
         keep = self._settings.attributes
         rows = [(*record[:-1], record.attributes if keep else None, removal) for record, removal in records]
         if rows:
@@ -2368,7 +2373,7 @@ ANSWER_BYTES = 2**21  # unpacked, at most; the answer for 50 VINs has some 250 k
 
 
 # A text that SQLite can store, without the blanks around it that some answers have. SQLite ends a text at a NUL, and
-# takes no lone surrogate.
+# takes no lone surrogate, which pydantic refuses by itself.
 StorableText = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\x00]*$")]
 STORABLE_TEXTS = TypeAdapter(dict[OnErrorOmit[StorableText], OnErrorOmit[StorableText]])
 
@@ -2391,7 +2396,8 @@ def refuse_constant(name: str) -> None:
 
 
 def parse(body: bytes, vins: Collection[str]) -> dict[str, Decoding]:
-    """The results for `vins` in vPIC's answer, at least one. Raises ValueError, or RecursionError if it is too deep."""
+    """The results for `vins` in vPIC's answer. It need not have all. Raises ValueError if it has none, and
+    RecursionError if its JSON is nested too deep."""
     if re.match(rb"\s*<(!doctype )?html", body, re.IGNORECASE):
         raise ValueError("an HTML page")
     answer = json.loads(body.decode("utf-8-sig"), parse_constant=refuse_constant)
@@ -2431,8 +2437,8 @@ class Breaker:
     | probing | vPIC answers the probe                                    | closed                           |
     |         | the probe fails                                           | open, for `seconds` from now     |
     |         | the probe ends, and vPIC is not to blame                  | open, the next call may probe    |
-    | open or | a call that began before is answered                      | closed                           |
-    | probing | a call that began before fails                            | the same, for `seconds` from now |
+    | open or | a call from before the opening is answered                | closed                           |
+    | probing | a call from before the opening fails                      | the same, for `seconds` from now |
 
     One VIN may be why vPIC fails, so calls that fail for the same set of VINs count as one. If a call for {A, B} failed
     and then a call for {A} fails, only {A} counts, because A alone explains both. If no VIN can be the reason of a
@@ -2444,7 +2450,7 @@ class Breaker:
         self._seconds = seconds  # for which it stays open
         self._failed: list[frozenset[object]] = []  # the sets of VINs that count, since the last answer
         self._first_failed_at = 0.0  # the first failure since the last answer (monotonic)
-        self._last_failed_at = 0.0  # the last failure (monotonic), from which the breaker stays open for `seconds`
+        self._last_failed_at = 0.0  # the last failure (monotonic); an open breaker is open for `seconds` after it
         self.open_since = 0.0  # unix seconds; 0: closed
         self._probing = False  # the probe is under way
         breaker_gauge.set(0)
@@ -2486,6 +2492,7 @@ class Breaker:
                 self._probing = False
 
     def _count_failure(self, failed: frozenset[object]) -> None:
+        """Count a failed call for these VINs. If enough calls have failed, open the breaker."""
         self._last_failed_at = time.monotonic()
         if not self._failed:
             self._first_failed_at = self._last_failed_at
@@ -2601,7 +2608,8 @@ class Vpic:
     async def _call(self, questions: Sequence[Question], deadline: float) -> dict[Question, Decoding]:
         """One HTTP call, with its answer parsed. Raises VpicUnavailable, whatever goes wrong."""
         asked = {vin_of(question): question for question in questions}
-        fair = deadline - asyncio.get_running_loop().time() >= self._settings.vpic_timeout / 2  # else not vPIC's fault
+        # If a call has less than half of `vpic_timeout`, its timeout is not vPIC's fault.
+        fair = deadline - asyncio.get_running_loop().time() >= self._settings.vpic_timeout / 2
         try:
             async with asyncio.timeout_at(deadline), self._request(questions) as response:
                 if response.status != 200:
@@ -2777,6 +2785,7 @@ class Ticket:
     |---------|------------------------|--------------------------------------------------------|----------------------|
     | WAITING | in the queues of its   | `Scheduler.take_calls` takes it into a call            | CALLED               |
     |         | waiters                | its last waiter leaves                                 | DONE                 |
+    |         |                        | the service ends                                       | DONE, with an error  |
     | CALLED  | in the task of one     | the cache has a fresh row from vPIC by now             | DONE                 |
     |         | call                   | vPIC answers, and the store has stored that, or failed | DONE                 |
     |         |                        | it is only a refresh, and another process claimed it   | DONE                 |
@@ -2792,7 +2801,8 @@ class Ticket:
         self.state = TicketState.WAITING
         self.waiters: dict[Waiter, None] = {}  # in the order in which they joined
         self.removal: int | None = None  # the last removal of the VIN, as it was read just before the call
-        self.removal_read = asyncio.Event()  # set when `removal` is read, or the call is over; never without a call
+        # Set when `removal` is read, or the call is over; not without a call, because `removal` then says nothing.
+        self.removal_read = asyncio.Event()
         self.found: Found | None = None  # vPIC's answer, while it is being stored
         # What a ticket takes over from the one before, of which the call failed:
         self.needs_own_call = False  # a call with other VINs failed, and this VIN may be the reason
@@ -3105,7 +3115,7 @@ class Lookups:
     # -- Calling vPIC --------------------------------------------------------------------------------------------------
 
     def _wake(self, seconds: float = 0) -> None:
-        """Run `_schedule` after so many seconds, or before. With 0 it runs in the next turn of the loop, once for all
+        """Run `_schedule` after so many seconds, or sooner. With 0 it runs in the next turn of the loop, once for all
         that happens in this one."""
         loop = asyncio.get_running_loop()
         if loop.time() + seconds < self._schedule_at and not self._closed:
@@ -3338,7 +3348,7 @@ class Lookups:
     async def _find_without_vpic(
         self, detailed: dict[Question, bool], records: dict[Question, Record], life: float
     ) -> dict[Question, Found]:
-        """The answers without vPIC to these questions, each with whether the attributes are wanted."""
+        """The answers without vPIC. `detailed` has the questions, and of each whether the attributes are wanted."""
         now, found = time.time(), dict[Question, Found]()
         for question, record in records.items():
             found[question] = Found(record, "hit" if record.is_usable(now, detailed[question]) else "stale")
@@ -3437,6 +3447,7 @@ class Lookups:
             try:
                 asked.append(make_question(normalize_vin(vin), normalize_model_year(model_year)))
             except PydanticCustomError as error:
+                # Each row before this one has a question in `asked`, so this row has the index len(asked).
                 lines[len(asked)] = make_line(batch.form, 422, {"vin": vin}, error.message())
                 asked.append("")
         cached = await self._cache.lines(asked, batch.form)
@@ -3509,7 +3520,7 @@ FIRST_LINES = 20  # the names of the columns are looked for in so many lines of 
 FIRST_CHARACTERS = 2**15  # and in fewer lines if these have more characters than this
 
 SEPARATOR_LINE = re.compile(r"sep=(\t|[^\w\s\"])[\r\n]*")  # Excel's own, before the names
-# Neither a word nor only digits. The counts have an end, because a search of one long word would else take seconds.
+# Neither a word nor only digits. Each repetition has a limit, because a search of a long word would else take seconds.
 VIN_LIKE = re.compile(r"(?=(?:[A-Za-z]{0,14}\d){3})(?=\d{0,16}[A-Za-z])[0-9A-Za-z]{17}")
 HAS_VIN = re.compile(rf"(?<![^\W_]){VIN_LIKE.pattern}(?![^\W_])")  # it is no part of a longer word
 
@@ -3611,7 +3622,7 @@ VIN_RANKS: Ranks = (
     lambda name: VIN_NAME.fullmatch(letters(name)),
     lambda name: VIN_WORD.search(name) or "vehicleidentification" in letters(name),
 )
-# Where the column of the VINs is known, any word in it may be its name.
+# Where the number of the column is given, any text in it with letters and without digits may be its name.
 NAME_RANKS: Ranks = (*VIN_RANKS, lambda name: letters(name) and not re.search(r"\d", name))
 YEAR_RANKS: Ranks = (lambda name: letters(name) == "modelyear", lambda name: letters(name) == "year")
 
@@ -3653,7 +3664,7 @@ class LayoutFinder:
         # The lines above the first lines: Excel's line, and blank lines, of which there may be millions.
         self._skipped = 0  # the number of these lines
         self._above = ""  # the text of the first of them
-        self.lines: list[str] = []  # the first lines, from the first one with another text
+        self.lines: list[str] = []  # the first lines, from the first one that is neither blank nor Excel's
         for line in lines:
             if not self.lines and (found := SEPARATOR_LINE.fullmatch(line)):
                 self._separators = found[1]
@@ -3673,7 +3684,7 @@ class LayoutFinder:
         if re.fullmatch("[1-9][0-9]{0,4}", column):
             return self._layout_by_number(int(column) - 1)
         first = self.lines[0]
-        # One long line with a VIN and more, and without a line end: curl -d has removed the line ends.
+        # One long line that has a VIN, is no line of a list, and has no line end: curl -d has removed the line ends.
         has_no_end = len(self.lines) == 1 and first[-1] not in "\r\n"
         if has_no_end and len(first) > 30 and VIN_LIKE.search(first) and not is_list_line(first):
             raise invalid_line(self._skipped + 1, ONE_VIN_A_LINE)
@@ -3720,8 +3731,9 @@ class LayoutFinder:
         return is_last or any(is_vin(values[index]) for index in vins if index < len(values))
 
     def _layout_by_number(self, vin: int) -> Layout:
-        """The layout, if the column of the VINs has this index. The names are in the best row above the first VIN that
-        has a name in this column, by the same order as in `_find_names`. Without one the file has no names."""
+        """The layout, if the column of the VINs has this index. The names are in the best row, by the order of
+        `_find_names`, that has a name in this column and is above the column's first VIN. If the column has no VIN,
+        only the first line can have the names. If no row has a name, the file has no names."""
 
         def read(separator: str) -> tuple[bool, int, str, list[list[str]]]:
             """Whether the column has a VIN, the number of columns, the separator, and the rows, one for each line."""
@@ -3793,10 +3805,10 @@ class Fleet:
         # A byte that can't be decoded becomes a lone surrogate, and `_lines` then names the line that has it.
         errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
         self._text = io.TextIOWrapper(file, encoding, errors, newline="")
-        if mime_type != CSV:
+        if mime_type != CSV:  # it may be JSON without its type, which would be read as a list without line ends
             self._text.seek(0)
             with suppress(UnicodeError):  # `_lines` reports it
-                if UNTYPED_JSON.match(self._text.read(100).lstrip(EDGES)):  # as a list it would have no line ends
+                if UNTYPED_JSON.match(self._text.read(100).lstrip(EDGES)):
                     raise invalid("content_type", ("body",), SEND_JSON)
         self._left = STEP_CHARACTERS  # the characters until the next pause
         with upload_lock:
@@ -4018,7 +4030,7 @@ async def as_csv(
 
 EXPORT_TIMEOUT_S = 30  # for a batch of rows, which takes some tenths of a second: a process silent for longer hangs
 SNAPSHOT_FRESH_S = 60  # the greatest age of a snapshot with which a client begins to read by pieces
-SNAPSHOT_KEPT_S = 300  # from the last request for a snapshot to its end
+SNAPSHOT_KEPT_S = 300  # from the last request for a snapshot to its end; but it is kept until it is built
 SNAPSHOTS_KEPT = 8  # if there are more, the one whose last request is the oldest ends
 
 # A range from behind the first byte: the client has read the beginning before. Without an end it is of a download that
@@ -4245,7 +4257,7 @@ class Exporter:
                 export_duration.record(time.perf_counter() - started, {"outcome": outcome})
 
     async def _write(self, snapshot: Snapshot) -> None:
-        """Make the file, and have it written. Raises what `_carry_out` raises."""
+        """Make the file, and have the exporting process write it. Raises as `_carry_out` and `Store.open_copy` do."""
         taken_up = sum(os.stat(other.path).st_size for other in self._files if other.close.alive)
         snapshot.open(self._folder)
         self._files.add(snapshot)
@@ -4269,9 +4281,9 @@ class Exporter:
             await self._carry_out(order)
 
     async def _carry_out(self, order: dict[str, Any]) -> None:
-        """Have the exporting process write the file. Raises StoreFault if the database can't be read, OSError if the
-        file can't be written, and OSError (TimeoutError is one), EOFError, NotImplementedError or ValueError without an
-        answer."""
+        """Start the exporting process if none runs, and have it write the file. Raises StoreFault if the database can't
+        be read, OSError if the file can't be written, and OSError (TimeoutError is one), EOFError, NotImplementedError
+        or ValueError without an answer."""
         if self._process is None or self._process.returncode is not None:
             pipe = asyncio.subprocess.PIPE
             self._process = await asyncio.create_subprocess_exec(
@@ -4485,10 +4497,11 @@ class TaggedRoute(APIRoute):
         return Match.FULL if scope.get("route") is self else Match.NONE, {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises a 422 for a parameter that the handler does not have, and for one that is given more than once:
-        FastAPI would take the last one, but an HTTP cache in front may look at the first."""
-        # Not with these tags: load balancers add some to /healthz, bookmarks to /docs, and Prometheus to /metrics, and
-        # none of them changes what is meant.
+        """Check the names of the query's parameters, then call the handler. Raises a 422 for a parameter that it does
+        not have, and for one that is given more than once, because FastAPI would take the last one, but an HTTP cache
+        in front may look at the first."""
+        # The parameters of health, docs and metrics are not checked, because load balancers add some to /healthz,
+        # bookmarks to /docs, and Prometheus to /metrics, and none of them changes what is meant.
         given = QueryParams("" if self.tag in OPEN_TAGS | {"metrics"} else scope["query_string"])
         try:
             refuse_unknown(given.keys(), self._parameters, "parameter")
@@ -4568,7 +4581,7 @@ class Middleware:
 def choose_route(here: list[TaggedRoute], scope: Scope) -> TaggedRoute:
     """The route that serves the request. If none does, `answer_without_route` answers, and the first one lends its
     tag."""
-    for route in here:  # a generator would cost a hit 1.5 us
+    for route in here:  # a loop, because a generator would cost a hit 1.5 us
         if route.serves(scope):
             return route
     return here[0]

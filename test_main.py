@@ -813,7 +813,7 @@ BAD_STARTS = {
     "blocking storage": ({"rate_storage": "memory://"}, "VINCACHE_RATE_STORAGE"),
     "cluster's bad URL": ({"database": "rqlte://u:SECRET@db1"}, "VINCACHE_DATABASE: neither a path nor like rqlite://"),
     "a slash in a password": ({"vpic_url": "http://u:SECRET/word@host/api"}, "VINCACHE_VPIC_URL: not an http or https"),
-    "no number of a port": ({"vpic_url": "http://host:99999/api"}, "VINCACHE_VPIC_URL: not an http or https URL"),
+    "a port above 65535": ({"vpic_url": "http://host:99999/api"}, "VINCACHE_VPIC_URL: not an http or https"),
     "storage's bad URL": ({"rate_storage": "async+redis://:SECRET@host:99999"}, "VINCACHE_RATE_STORAGE"),
     "storage's odd option": ({"rate_storage": "async+redis://:SECRET@127.0.0.1:1/?foo=1"}, "VINCACHE_RATE_STORAGE"),
     "database in no directory": ({"database": "nowhere/cache.db"}, "VINCACHE_DATABASE"),
@@ -3715,8 +3715,8 @@ def test_one_vin_asked_with_many_years_does_not_open_the_breaker() -> None:
 
 
 def test_calls_from_before_end_while_the_breaker_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is answered closes the breaker, whatever becomes of the probe. One that fails lets it be open for its
-    whole time from now, also if its VIN explains the failures before."""
+    """If one is answered, it closes the breaker, whatever becomes of the probe. If it fails, the breaker stays open for
+    its whole time from now, also if its VIN explains the failures before."""
     passed, (a, b, c, d) = 1000.0, trucks(4)
     monkeypatch.setattr(main, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: passed}))
     breaker = main.Breaker(failures=3, seconds=30)
@@ -4387,7 +4387,7 @@ async def test_a_call_that_is_cancelled_before_it_begins_ends_its_tickets(servic
 
 
 async def test_a_removed_vin_is_not_stored_again_by_a_call_that_fails(start: Start, vpic: PlayedVpic) -> None:
-    """Its call began before the removal, so neither vPIC's answer is stored, nor the offline one in its place."""
+    """Its call began before the removal, so the offline answer in place of vPIC's is not stored either."""
     async with start(vpic_timeout=1, offline=True) as service:
         await service.lookup(TRUCK)
         service.expire(days=1)
@@ -6825,7 +6825,7 @@ COLUMNS = {
         "1",
         ["none", FIRE_ENGINE],
     ),
-    "a blank line below the names": (TWO_VINS.replace(f"\r\n{TRUCK}", f"\r\n;;\r\n{TRUCK}"), "3", ["", HONDA, ""]),
+    "a row of blanks below the names": (TWO_VINS.replace(f"\r\n{TRUCK}", f"\r\n;;\r\n{TRUCK}"), "3", ["", HONDA, ""]),
     "below a title": (f"Report 2026\r\n\r\n{TWO_VINS}", "3", [HONDA, ""]),
     "behind Excel's line": (f"sep=;\r\n{TWO_VINS}", "3", [HONDA, ""]),
     "a VIN": (NAMELESS.replace(TRUCK, FIRE_ENGINE), TRUCK, "No column has the name that vin_column gives; give the "),
@@ -7080,8 +7080,8 @@ async def test_a_padded_vin_without_a_line_end_is_a_list(service: Service) -> No
     assert (status, [json.loads(line)["vin"] for line in body.splitlines()]) == (200, [TRUCK])
 
 
-def test_a_search_for_vins_takes_no_longer_for_a_long_word() -> None:
-    """It takes time in proportion to the text, because no count in its pattern is without an end."""
+def test_the_pattern_of_a_vin_repeats_nothing_without_a_limit() -> None:
+    """So a search takes time in proportion to the text, also in one long word. The limits miss no VIN."""
     assert not re.search(r"[*+]", main.VIN_LIKE.pattern)
     for word, is_like in (
         ("A" * 14 + "123", True),
@@ -7746,7 +7746,7 @@ async def test_a_snapshot_that_nobody_reads_is_given_back(start: Start, monkeypa
 
 
 async def test_a_snapshot_that_takes_long_is_kept(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until it is built, however long that takes; so its client can go on in it."""
+    """It is kept until it is built, however long that takes, because its client will go on in it."""
     monkeypatch.setattr(main, "SNAPSHOT_KEPT_S", 1)
     async with service.state["exporter"]._writing:  # another one is written
         asking = asyncio.create_task(service.ask("HEAD", "/export"))
@@ -8454,7 +8454,7 @@ async def test_a_storage_that_hangs_is_left_alone(start: Start) -> None:
 
 
 async def test_clients_of_one_ipv6_network_are_one(launch: Launch) -> None:
-    """A user has 2**64 addresses: a limit counts the /64. An IPv4 address in the form of IPv6 is one client."""
+    """A user has 2**64 addresses: a limit counts the /64. An IPv4 address in the form of IPv6 is the IPv4 client."""
     process = launch("--forwarded-allow-ips", "*", lookup_limit="2/minute", vpic_url="")
     await process.started()
 
