@@ -156,7 +156,8 @@ class StartupError(Exception):
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """The end of an error, like ` (did you mean TTL?)`: the known name that is much like this one. Empty if none is."""
     plain = {re.sub("[^a-z]", "", word.lower()): word for word in known}
-    similar = get_close_matches(re.sub("[^a-z]", "", name.lower()), plain, 1, 0.75)
+    # Of a name that a client sent, the beginning suffices: it may have megabytes.
+    similar = get_close_matches(re.sub("[^a-z]", "", name[:40].lower()), plain, 1, 0.75)
     return f" (did you mean {plain[similar[0]]}?)" if similar else ""
 
 
@@ -229,7 +230,8 @@ Limit = Annotated[str, AfterValidator(check_limit)]
 
 def mask(text: str) -> str:
     """The text without the credentials in its URLs: the user and the password, and the values of the query."""
-    return re.sub(r"([?&][^=&\s]*=)[^&\s]*", r"\1***", re.sub(r"://\S*@", "://***@", text))
+    # With a limit and without a second ? in a name, because the search of a long text would else take seconds.
+    return re.sub(r"([?&][^=&?\s]*=)[^&\s]*", r"\1***", re.sub(r"://\S{0,1000}@", "://***@", text))
 
 
 ENV_FILE, ENV_ENCODING = ".env", "utf-8-sig"  # some editors begin the file with a byte order mark
@@ -2067,11 +2069,13 @@ class ClusterStore(Store):
             raise NotReached(why) from None
         except aiohttp.ClientError:
             raise NoAnswer("broken off") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise NoAnswer("no JSON") from None
-        if not isinstance(answer, dict) or "error" in answer or not answer.get("results"):  # the cluster's own error
+        # An error is the cluster's own. Anything else is no answer of rqlite.
+        results = answer.get("results") if isinstance(answer, dict) and "error" not in answer else None
+        if not results or not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
             raise NoAnswer("not agreed")
-        return cast(list[dict[str, Any]], answer["results"])
+        return results
 
     @asynccontextmanager
     async def open_copy(self) -> AsyncIterator[str]:
@@ -2406,7 +2410,7 @@ def parse(body: bytes, vins: Collection[str]) -> dict[str, Decoding]:
         raise ValueError("no list of results")
     found: dict[str, Decoding] = {}
     fault = ValueError(f"none of {len(results)} results is about the VIN asked")
-    for flat in results:
+    for flat in results[:VPIC_VINS]:  # it has no more than were asked, unless it makes no sense
         try:
             decoding = translate(flat)
             if decoding["vin"] in vins:
@@ -2494,12 +2498,14 @@ class Breaker:
     def _count_failure(self, failed: frozenset[object]) -> None:
         """Count a failed call for these VINs. If enough calls have failed, open the breaker."""
         self._last_failed_at = time.monotonic()
+        if not self.closed:
+            return
         if not self._failed:
             self._first_failed_at = self._last_failed_at
         self._failed = [other for other in self._failed if not other > failed]  # `failed` explains its supersets
         if not any(other <= failed for other in self._failed):
             self._failed.append(failed)
-        if self.closed and len(self._failed) >= self._failures:
+        if len(self._failed) >= self._failures:
             self.open_since = time.time()
             breaker_gauge.set(1)
             log.warning("breaker open: vPIC is left alone for %g s at a time", self._seconds)
@@ -3075,7 +3081,7 @@ class Lookups:
         because vPIC's answer has to replace that answer in the cache."""
         reply = waiter.reply.result() if waiter.reply.done() and not waiter.reply.cancelled() else None
         answered_early = isinstance(reply, Found) and waiter in waiter.ticket.waiters
-        if not answered_early or len(waiter.queue) > BACKGROUND_MOST:
+        if not answered_early or max(len(waiter.queue), len(waiter.ticket.waiters)) > BACKGROUND_MOST:
             self._leave(waiter)
 
     def _end(self, ticket: Ticket, reply: Reply | None = None) -> None:
@@ -3537,7 +3543,8 @@ WIDE_ENCODINGS = {"-0-0": "utf-16-le", "0-0-": "utf-16-be", "-000": "utf-32-le",
 DETECTION_BYTES = 4096  # the encoding is detected from so many bytes at the beginning of a file
 
 CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([^\s;\"']+)", re.I)
-NO_CHARSET = re.compile("mbcs|rot_13|tactis|.*_codec")  # encodings of Python that are no charset of a text
+# Encodings of Python that are no charset of a text; and UTF-7, because its decoder takes seconds for one long run.
+NO_CHARSET = re.compile("mbcs|rot_13|tactis|utf_7|.*_codec")
 
 # The beginning of JSON, or of a form: many clients send an object as a form if no other type is set. No file of VINs
 # begins so.
@@ -3761,10 +3768,10 @@ class LayoutFinder:
         if any("\0" in name for name in values):
             raise invalid_line(number, "a NUL in the name of a column; is the file in UTF-16?")
         _, years = best_columns(values, YEAR_RANKS)
-        choices = " or ".join(f"vin_column={index + 1}" for index in vins)
+        choices = " or ".join(f"vin_column={index + 1}" for index in vins[:10])
         for found, what in ((vins, f"VINs; say which: {choices}"), (years, "model years; rename one")):
             if len(found) > 1:
-                columns = quoted(values[index] for index in found)
+                columns = quoted(values[index] for index in found[:10])
                 raise invalid_line(number, f"each of the columns {columns} may have the {what}")
         return Layout(
             separator,
@@ -3843,6 +3850,7 @@ class Fleet:
         """The text of a row with one value for each column: missing values are empty, in `values` too, and blank ones
         beyond the columns are cut off. Raises a 422 if a value beyond the columns is not blank."""
         missing = layout.columns - len(values)
+        self._left -= max(0, missing)  # because the values that are added take time, too
         if any(value.strip(EDGES) for value in values[layout.columns :]):
             raise invalid_line(self._number, f"{len(values)} columns, but only {layout.columns} have names")
         values += [""] * missing
@@ -4319,7 +4327,8 @@ class Exporter:
 Tag = Literal["lookup", "cache", "export", "metrics", "health", "docs"]  # what a route is about
 OPEN_TAGS: set[Tag] = {"health", "docs"}  # routes with any other tag need the key, if one is set
 
-BODY_BYTES = 2**23  # of a POST: room for 100,000 VINs with their model years and white space
+BODY_BYTES = 2**22  # of a POST, or more if the limit of a batch needs it
+BATCH_ITEM_BYTES = 84  # room for a VIN with its model year and white space in a batch of JSON
 
 KEY_HEADER = "X-API-Key"
 NO_KEY = f"This needs a valid key: in {KEY_HEADER}, as a Bearer token, or as the password of Basic authorization."
@@ -4397,7 +4406,7 @@ def client_network(client: str) -> str:
         address = ipaddress.ip_address(client)
         if isinstance(address, ipaddress.IPv6Address):
             return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
-    return client
+    return client[:64]  # a proxy may have sent a long text
 
 
 def limit_body(scope: Scope, receive: Receive, most: int) -> Receive:
@@ -4570,9 +4579,12 @@ class Middleware:
                     await send({"type": "http.response.body", "body": body})
                     return
             answer = answer_without_route(scope, path, here) or self._app
+            # No route has cookies, but FastAPI parses them, for which older Pythons take seconds if they are odd.
+            scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"cookie"]
             if method == "POST":
-                most = scope["state"]["settings"].upload_bytes if route.takes_files else BODY_BYTES
-                receive = limit_body(scope, receive, most)
+                settings: Settings = scope["state"]["settings"]
+                most = max(BODY_BYTES, BATCH_ITEM_BYTES * settings.batch_limit)
+                receive = limit_body(scope, receive, settings.upload_bytes if route.takes_files else most)
         except HTTPException as error:
             answer = await render_error(Request(scope), error)
         await answer(scope, receive, send)

@@ -911,6 +911,18 @@ def test_credentials_are_masked_wherever_they_stand(url: str, masked: str) -> No
     assert main.mask(f"{url} and {url}") == f"{masked} and {masked}"
 
 
+def test_long_texts_of_strangers_take_no_minute() -> None:
+    """Names of parameters, lines of the log and words of a file may have as many characters as a request has bytes."""
+    program = "import main\nfor search, text in [(main.mask, '?'), (main.mask, '://'), (main.VIN_LIKE.search, 'a')]:"
+    subprocess.run([sys.executable, "-c", f"{program} search(text * 2**17)"], check=True, timeout=60, cwd=HERE)
+
+
+async def test_cookies_are_not_read(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No route has any, and their parser takes quadratic time in older Pythons."""
+    monkeypatch.setattr("starlette.requests.cookie_parser", None)
+    assert (await service.get("/readyz", headers={"Cookie": "a=b"}))[0] == 200
+
+
 async def test_settings_come_from_a_file_too(start: Start, tmp_path: Path) -> None:
     """`.env` is read, also as an editor of Windows saves it, and the environment wins over it."""
     lines = "\ufeffVINCACHE_LOOKUP_LIMIT=1/minute\r\nVINCACHE_OFFLINE=false\r\nUNRELATED=1\r\n"
@@ -3276,8 +3288,14 @@ async def lets_pass(_: web.Request, __: str) -> None:
         says("leader", 301, Location="http://127.0.0.1:1/"),
         says("<html>no</html>"),
         says('{"results":[],"error":"leadership lost while committing log"}'),
+        says('{"results":"ok"}'),
+        says('{"results":[1]}'),
+        says("[" * 100_000),
     ],
-    ids=["hangs", "resets", "half", "no HTTP", "no leader", "500", "redirect", "no JSON", "no agreement"],
+    ids=[
+        *["hangs", "resets", "half", "no HTTP", "no leader", "500", "redirect", "no JSON", "no agreement"],
+        *["no list", "no objects", "deep JSON"],
+    ],
 )
 async def test_what_a_node_gives_no_answer_to_is_sent_again(
     start: Start, vpic: PlayedVpic, cluster: Cluster, caplog: pytest.LogCaptureFixture, fault: Fault
@@ -7080,6 +7098,22 @@ async def test_a_padded_vin_without_a_line_end_is_a_list(service: Service) -> No
     assert (status, [json.loads(line)["vin"] for line in body.splitlines()]) == (200, [TRUCK])
 
 
+@pytest.mark.parametrize("charset", ["utf-7", "U7", "unicode-1-1-utf-7"])
+async def test_utf_7_is_no_charset_of_a_file(service: Service, charset: str) -> None:
+    """Its decoder takes quadratic time for one long run."""
+    status, body, _ = await upload(service, b"+" + b"AEEA" * 9, f"text/plain; charset={charset}")
+    assert (status, body["detail"]) == (415, f"The charset {charset!r} is not known; send UTF-8.")
+
+
+def test_short_rows_below_many_names_are_read_in_short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step ends sooner, because each row is filled up."""
+    pauses: list[object] = []
+    monkeypatch.setattr(main, "upload_lock", Watched(lambda: pauses.append(0)))
+    content = b"vin" + b"," * 9999 + b"\n" + b"1\n" * 1000
+    main.Fleet(io.BytesIO(content), "utf-8", main.CSV)
+    assert len(pauses) > 100
+
+
 def test_the_pattern_of_a_vin_repeats_nothing_without_a_limit() -> None:
     """So a search takes time in proportion to the text, also in one long word. The limits miss no VIN."""
     assert not re.search(r"[*+]", main.VIN_LIKE.pattern)
@@ -8572,11 +8606,11 @@ async def test_large_body_is_413_before_it_is_read(service: Service, route: str)
     piece = b"%x\r\n%b\r\n" % (2**16, b" " * 2**16)
     got = [
         await shout(service.port, head + b"Content-Length: 99999999999\r\n\r\n"),
-        await shout(service.port, head + b"Transfer-Encoding: chunked\r\n\r\n", *[piece] * 129),
+        await shout(service.port, head + b"Transfer-Encoding: chunked\r\n\r\n", *[piece] * 65),
     ]
     for status, told, body in got:
         assert (status, b"content-type: application/json" in told) == (413, True)
-        assert json.loads(body) == {"detail": "A body has 8,388,608 bytes at most; send less at a time."}
+        assert json.loads(body) == {"detail": "A body has 4,194,304 bytes at most; send less at a time."}
 
 
 async def test_large_body_is_401_for_who_has_no_key(start: Start) -> None:
