@@ -168,7 +168,9 @@ def check_url(url: str) -> str:
         is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         if not url or (is_http and not re.search(r"[\s?#]", url)):
             return url.rstrip("/")
-    raise ValueError("not an http or https URL, or with blanks, a query or a bad port (empty means: offline only)")
+    raise ValueError(
+        "not an http or https URL, or with blanks, a query, a fragment or a bad port (empty means: offline only)"
+    )
 
 
 def check_origins(origins: str) -> str:
@@ -2962,7 +2964,9 @@ class Batch:
 
 WINDOW = 100  # lines of a batch that are made in one step, for which a hit may have to wait
 AHEAD = 500  # lines of a batch that are looked up before the first of them is answered
-BACKGROUND_MOST = 10_000  # tickets in a queue of the background; further rows stay stale or unconfirmed for now
+# Tickets in a queue of the background, and waiters of a ticket whose callers were answered without vPIC; further rows
+# stay stale or unconfirmed for now.
+BACKGROUND_MOST = 10_000
 WITHOUT_VPIC_S = 0.5  # the last part of a lookup's time, in which it is answered without vPIC
 LOST_S = 60  # from one check to the next whether a line of a batch waits in vain because of a bug
 CONFIRM_S = 60  # from one look for unconfirmed rows to the next, if there were none
@@ -3077,8 +3081,8 @@ class Lookups:
             self._end(ticket)
 
     def _release(self, waiter: Waiter) -> None:
-        """Remove the waiter of a caller that is gone. But if the caller was answered without vPIC, its waiter stays,
-        because vPIC's answer has to replace that answer in the cache."""
+        """Remove the waiter of a caller that is gone. But if the caller was answered without vPIC, its waiter stays
+        unless there are too many, because vPIC's answer has to replace that answer in the cache."""
         reply = waiter.reply.result() if waiter.reply.done() and not waiter.reply.cancelled() else None
         answered_early = isinstance(reply, Found) and waiter in waiter.ticket.waiters
         if not answered_early or max(len(waiter.queue), len(waiter.ticket.waiters)) > BACKGROUND_MOST:
@@ -4133,7 +4137,7 @@ class Snapshot:
         self.ready: asyncio.Task[None]  # it ends when the file is written, or raises a 503
         self.clients: set[str] = set()  # they go on in this snapshot
         self.readers = 0  # responses that are being sent
-        self.used = 0.0  # when a request came for it, or the last response was sent, by the monotonic clock
+        self.used = 0.0  # when a request came for it, it was built, or the last response was sent (monotonic)
         self.began = math.inf  # when the writing began, by the monotonic clock
         self.taken = 0.0  # the same in unix seconds; all that was stored before is in the file
         self.path = ""  # it leads to the file for as long as this object is alive
@@ -4247,6 +4251,7 @@ class Exporter:
             started, outcome = time.perf_counter(), "failed"
             try:
                 await self._write(snapshot)
+                snapshot.used = time.monotonic()  # because its clients begin to read it now
                 outcome = "ok"
             except (OSError, EOFError, NotImplementedError, ValueError, StoreFault) as error:
                 log.warning("export failed: %s", str(error) or type(error).__name__)

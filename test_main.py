@@ -4037,6 +4037,20 @@ async def test_patience_never_makes_a_no_of_the_offline_data(start: Start, vpic:
         assert (status, body["source"]) == (404, "vpic")
 
 
+async def test_not_all_who_were_answered_early_are_remembered(
+    start: Start, vpic: PlayedVpic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where attributes are not stored, each caller that wants them waits anew for the same ticket."""
+    monkeypatch.setattr(main, "BACKGROUND_MOST", 3)
+    go = vpic.holds()
+    async with start(attributes=False) as service:
+        for _ in range(9):
+            path, headers = f"/lookup/{TRUCK}?details=true", {"Prefer": "wait=0"}
+            assert (await service.ask("GET", path, headers=headers))[1]["source"] == "offline"
+        assert len(service.state["lookups"]._tickets[TRUCK].waiters) == 3
+        go.set()
+
+
 @pytest.mark.parametrize("form", ["json", "file"])
 async def test_a_cold_batch_without_patience_streams_offline(start: Start, vpic: PlayedVpic, form: str) -> None:
     """Each line's patience begins when it is looked up; all rows become vPIC's behind."""
@@ -7789,6 +7803,14 @@ async def test_a_snapshot_that_takes_long_is_kept(service: Service, monkeypatch:
     status, _, headers = await asking
     goes_on = {"Range": "bytes=4-7", "If-Match": headers["ETag"]}
     assert (status, (await service.ask("GET", "/export", headers=goes_on))[0]) == (200, 206)
+
+
+async def test_the_time_of_a_snapshot_begins_when_it_is_built(service: Service) -> None:
+    """Its clients begin to read it then, and not when it was asked for."""
+    snapshot = service.state["exporter"].queue(main.ExportKind("zstd", details=False), "a client")
+    queued = snapshot.used
+    await snapshot.ready
+    assert snapshot.used > queued
 
 
 async def test_exports_together_take_half_of_the_room_on_the_disk(
